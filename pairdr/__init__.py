@@ -1,0 +1,3 @@
+"""pairdr: dense passage retrievers trained, evaluated, indexed and served the PAIR way."""
+
+__version__ = "0.1.0"

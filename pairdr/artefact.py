@@ -1,0 +1,229 @@
+"""Output folders: written beside, hashed, made durable, renamed. Whole or absent.
+
+An artefact is a folder with `manifest.json`, which names its kind, the options and inputs it was made from, and the
+sha256 and size of every file in it. Its *fingerprint* is a hash of the files' hashes: two artefacts with the same
+content have the same fingerprint, whatever the time and the place they were made at.
+
+This module knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pairdr.errors import ArtefactError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says.
+
+    Attributes:
+        kind: what the folder holds, such as "candidates" or "vectors".
+        options: the options it was made with.
+        inputs: name of each input to its fingerprint.
+        files: relative path to {"sha256", "bytes"}.
+        facts: counts and measures that the stage wants kept.
+        pairdr_version: the version that wrote it.
+        format_version: the version of this layout.
+    """
+
+    kind: str
+    options: dict[str, Any]
+    inputs: dict[str, str]
+    files: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
+    pairdr_version: str
+    format_version: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the sha256 over kind and content: equal content, equal fingerprint."""
+        return hash_json([self.kind, sorted((name, entry["sha256"]) for name, entry in self.files.items())])
+
+
+@dataclass
+class Staging:
+    """A folder under construction: write files below `path`, put what is worth keeping into `facts`."""
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """Return the sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people: indented, sorted by nothing but the writer's order, ending in a newline."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a small file as a whole: a reader sees the old text or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+
+
+@contextlib.contextmanager
+def publish(
+    folder: str | Path,
+    kind: str,
+    *,
+    options: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    resume: bool = False,
+) -> Iterator[Staging]:
+    """Build an artefact beside its place and rename it there when the block ends well.
+
+    When the block raises, what was there before stays as it was. With `resume`, an unfinished folder of an earlier
+    call with the same options and inputs is taken up again; the caller checks the files it finds.
+
+    Args:
+        folder: where the artefact will stand; an earlier one there is replaced as a whole.
+        kind: what it holds.
+        options: what it is made with; kept in the manifest.
+        inputs: name of each input to its fingerprint; kept in the manifest.
+        resume: take up the files of an interrupted call.
+
+    Raises:
+        ArtefactError: the disk is full or the place cannot be written; the earlier artefact is still there.
+    """
+    folder = Path(folder)
+    key = hash_json([kind, dict(options), dict(inputs), FORMAT_VERSION])[:16]
+    staging = folder.parent / f".{folder.name}.{key if resume else 'new'}.partial"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for stale in folder.parent.glob(f".{folder.name}.*.partial"):
+            if not (resume and stale == staging):
+                shutil.rmtree(stale)
+        staging.mkdir(exist_ok=resume)
+        work = Staging(staging)
+        yield work
+        _seal(staging, kind, dict(options), dict(inputs), work.facts)
+        _swap(staging, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        if not resume:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise ArtefactError(
+            f"Writing failed: {error.strerror}.", path=folder, remedy="Free some space or choose another place; "
+            "what was there before is untouched."
+        ) from error
+    except BaseException:
+        if not resume:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
+    """Read an artefact's manifest and check that its files are there at their sizes.
+
+    Raises:
+        ArtefactError: the folder is missing, no artefact, of another kind or format, or a file is missing or cut.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtefactError(
+            f"No {kind or 'artefact'} here: {MANIFEST} is missing.", path=folder, remedy="Run the stage that makes it."
+        )
+    try:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ArtefactError("The manifest cannot be read.", path=path, remedy="Delete the folder and run its stage again.") from error
+    if kind is not None and manifest.kind != kind:
+        raise ArtefactError(f"This folder holds {manifest.kind!r}, not {kind!r}.", path=folder, remedy="Name the right folder.")
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArtefactError(
+            f"Format version {manifest.format_version} is not the {FORMAT_VERSION} that this pairdr reads.",
+            path=folder, remedy="Run its stage again.",
+        )
+    for name, entry in manifest.files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != entry["bytes"]:
+            raise ArtefactError(
+                f"{name} is missing." if found is None else f"{name} has {found} bytes, the manifest says {entry['bytes']}.",
+                path=folder, remedy="Delete the folder and run its stage again.",
+            )
+    return manifest
+
+
+def verify_artefact(folder: str | Path) -> Manifest:
+    """Check the sha256 of every file of an artefact.
+
+    Raises:
+        ArtefactError: naming the first file whose bytes are not those that were written.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        if hash_file(Path(folder) / name) != entry["sha256"]:
+            raise ArtefactError(
+                f"{name} is not the file that was written: its sha256 differs.",
+                path=folder, remedy="Delete the folder and run its stage again.",
+            )
+    return manifest
+
+
+def _seal(staging: Path, kind: str, options: dict[str, Any], inputs: dict[str, str], facts: dict[str, Any]) -> None:
+    from pairdr import __version__
+
+    files = {}
+    for path in sorted(p for p in staging.rglob("*") if p.is_file() and p != staging / MANIFEST):
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        files[path.relative_to(staging).as_posix()] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+    manifest = Manifest(kind, options, inputs, files, facts, __version__, FORMAT_VERSION)
+    write_json(staging / MANIFEST, vars(manifest))
+    with (staging / MANIFEST).open("rb+") as stream:
+        os.fsync(stream.fileno())
+    for directory in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
+        _sync_directory(directory)
+
+
+def _swap(staging: Path, folder: Path) -> None:
+    if folder.exists():
+        retired = folder.parent / f".{folder.name}.old.partial"
+        if retired.exists():
+            shutil.rmtree(retired)
+        os.rename(folder, retired)
+        os.rename(staging, folder)
+        _sync_directory(folder.parent)
+        shutil.rmtree(retired)
+    else:
+        os.rename(staging, folder)
+        _sync_directory(folder.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

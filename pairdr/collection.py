@@ -1,0 +1,343 @@
+"""An opened data set: passages and queries by id, labels by split, and the pool of unlabelled queries.
+
+The first opening of a BEIR folder converts it to memory-mapped Arrow in a cache (`PAIRDR_CACHE`, else
+`~/.cache/pairdr`); later ones reuse that as long as the files' sizes and times are the same. No corpus is ever wholly
+in memory as Python objects.
+
+What this module decides, once and for all: which queries are dev, which labels are hidden, which queries are the
+pool, and that no dev or test question, nor a copy of one, is trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pairdr.artefact import Staging, hash_json, publish, read_manifest
+from pairdr.config import DataConfig
+from pairdr.errors import ArtefactError, DataError, UsageError
+from pairdr.formats import read_qrels, read_texts, read_unlabelled, write_qrels
+from pairdr.records import Passage, Qrels, Query
+
+SPLITS = ("train", "dev", "test")
+BLOCK = 8192
+_NOT_WORD = re.compile(r"[\W_]+")
+
+
+def normalise_text(text: str) -> str:
+    """Return a text as copies are compared: NFKC, lower case, words only."""
+    return _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).lower()).strip()
+
+
+class TextTable:
+    """A memory-mapped table of texts with an id each.
+
+    Looking up an id reads a sorted array of 64-bit hashes and then compares the id itself, so memory does not grow
+    with the number of rows.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        with pa.memory_map(str(folder / f"{name}.arrow")) as source:
+            self.table: pa.Table = pa.ipc.open_file(source).read_all()
+        self._hashes = np.load(folder / f"{name}.hashes.npy", mmap_mode="r")
+        self._rows = np.load(folder / f"{name}.rows.npy", mmap_mode="r")
+        self.id_rank: npt.NDArray[np.int64] = np.load(folder / f"{name}.rank.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __contains__(self, text_id: str) -> bool:
+        return self.find_row(text_id) is not None
+
+    def id_of(self, row: int) -> str:
+        """Return the id of a row."""
+        return str(self.table.column("id")[int(row)].as_py())
+
+    def ids_of(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """Return the ids of many rows."""
+        return list(self.table.column("id").take(pa.array(rows)).to_pylist())
+
+    def find_row(self, text_id: str) -> int | None:
+        """Return the row of an id, or None."""
+        key = _hash_id(text_id)
+        place = int(np.searchsorted(self._hashes, key))
+        while place < len(self._hashes) and self._hashes[place] == key:
+            row = int(self._rows[place])
+            if self.id_of(row) == text_id:
+                return row
+            place += 1
+        return None
+
+    def row_of(self, text_id: str) -> int:
+        """Return the row of an id.
+
+        Raises:
+            DataError: no such id.
+        """
+        row = self.find_row(text_id)
+        if row is None:
+            raise DataError(f"There is no id {text_id!r} in this collection.", remedy="Check where the id comes from.")
+        return row
+
+    def read_blocks(self, columns: tuple[str, ...], size: int = BLOCK) -> Iterator[list[tuple[Any, ...]]]:
+        """Yield rows in order, a block at a time."""
+        for start in range(0, len(self), size):
+            part = self.table.slice(start, size)
+            yield list(zip(*(part.column(name).to_pylist() for name in columns), strict=True))
+
+
+class Collection:
+    """A data set that stages read. Made by `open_collection`.
+
+    Attributes:
+        name: the folder's name.
+        passages: the corpus.
+        queries: all questions, those of the unlabelled files among them.
+        fingerprint: hash of the content and of the options that decide splits and pool.
+        passages_fingerprint: hash of the corpus alone.
+        hidden: labels taken from training queries by `hide_labels`; used only to measure.
+        removed: reason to number of queries kept out of training and pool.
+    """
+
+    def __init__(self, folder: Path, name: str, config: DataConfig) -> None:
+        manifest = read_manifest(folder, "collection")
+        self.folder, self.name, self.config = folder, name, config
+        self.passages, self.queries = TextTable(folder, "passages"), TextTable(folder, "queries")
+        kept = {key: value for key, value in config.as_dict().items() if key != "unlabelled"}
+        self.fingerprint = hash_json([manifest.fingerprint, kept])
+        self.passages_fingerprint = manifest.files["passages.arrow"]["sha256"]
+        self.duplicates: dict[str, list[str]] = manifest.facts["duplicates"]
+        self._qrels = {split: read_qrels(folder / "qrels" / f"{split}.tsv") for split in manifest.facts["splits"]}
+        self.given_splits = tuple(self._qrels)
+        self.hidden: Qrels = {}
+        self.removed: dict[str, int] = {}
+        self._settle_splits()
+
+    def qrels(self, split: str) -> Qrels:
+        """Return the labels of a split.
+
+        Raises:
+            DataError: the split has no labels.
+        """
+        if not self._qrels.get(split):
+            raise DataError(f"The split {split!r} has no labels.", path=self.folder if split not in SPLITS else self.name,
+                            remedy=f"Add qrels/{split}.tsv with at least one line.")
+        return self._qrels[split]
+
+    def query(self, query_id: str) -> Query:
+        """Return a question by its id."""
+        row = self.queries.row_of(query_id)
+        return Query(query_id, str(self.queries.table.column("text")[row].as_py()))
+
+    def passage(self, passage_id: str) -> Passage:
+        """Return a passage by its id."""
+        return self.passage_at(self.passages.row_of(passage_id))
+
+    def passage_at(self, row: int) -> Passage:
+        """Return the passage of a row."""
+        return Passage(*(self.passages.table.column(name)[int(row)].as_py() for name in ("id", "title", "text")))
+
+    def read_passages(self, size: int = BLOCK) -> Iterator[list[Passage]]:
+        """Yield the corpus in order, a block of passages at a time."""
+        for block in self.passages.read_blocks(("id", "title", "text"), size):
+            yield [Passage(*row) for row in block]
+
+    @cached_property
+    def pool(self) -> tuple[str, ...]:
+        """Return the ids of the unlabelled queries: no split names them, and none is a copy of a dev or test one."""
+        named = set().union(*(self._qrels.get(split, {}) for split in SPLITS), self._kept_out)
+        held_out = self._held_out_texts
+        pool, copies = [], 0
+        for block in self.queries.read_blocks(("id", "text")):
+            for query_id, text in block:
+                if query_id in named or not text.strip():
+                    continue
+                if normalise_text(text) in held_out:
+                    copies += 1
+                else:
+                    pool.append(query_id)
+        self.removed["pool queries that copy a dev or test query"] = copies
+        return tuple(pool)
+
+    @cached_property
+    def _held_out_texts(self) -> set[str]:
+        ids = [query_id for split in ("dev", "test") for query_id in self._qrels.get(split, {})]
+        return {normalise_text(self.query(query_id).text) for query_id in ids if query_id in self.queries}
+
+    def _settle_splits(self) -> None:
+        """Make a dev split where there is none, drop leaks from training, hide labels."""
+        train = self._qrels.get("train", {})
+        if train and not self._qrels.get("dev"):
+            count = max(1, min(self.config.dev_queries, len(train) // 10))
+            chosen = _sample(train, count, self.config.data_seed)
+            self._qrels["dev"] = {query_id: train.pop(query_id) for query_id in chosen}
+        leaks = [
+            query_id for query_id in train
+            if query_id in self.queries and normalise_text(self.query(query_id).text) in self._held_out_texts
+        ]
+        self._kept_out = frozenset(leaks)
+        self.removed["training queries that copy a dev or test query"] = len(leaks)
+        for query_id in leaks:
+            del train[query_id]
+        count = round(self.config.hide_labels * len(train))
+        for query_id in _sample(train, count, self.config.data_seed):
+            self.hidden[query_id] = train.pop(query_id)
+
+
+def open_collection(source: str | Path, config: DataConfig | None = None, *, strict: bool = True) -> Collection:
+    """Open a BEIR folder: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/{train,dev,test}.tsv`.
+
+    Args:
+        source: the folder.
+        config: unlabelled files, hidden labels, the made dev split.
+        strict: raise on what would corrupt training; `pairdr check` opens with False and lists it instead.
+
+    Raises:
+        UsageError: a file is missing.
+        DataError: a broken line, a duplicate id, or a label for an id that does not exist.
+    """
+    config = config or DataConfig()
+    folder = Path(source)
+    inputs = _find_files(folder, config.unlabelled)
+    stamp = {name: [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for name, path in inputs.items()}
+    place = cache_folder() / "collections" / hash_json(stamp)[:24]
+    try:
+        read_manifest(place, "collection")
+    except ArtefactError:
+        with publish(place, "collection", options={"stamp": stamp}, inputs={}) as staging:
+            _convert(inputs, staging)
+    collection = Collection(place, folder.resolve().name, config)
+    if strict:
+        problem = next(iter(find_problems(collection)), None)
+        if problem is not None:
+            raise DataError(f"{problem}.", path=folder, remedy="Run pairdr check for all that is wrong.")
+    return collection
+
+
+def find_problems(collection: Collection) -> Iterator[str]:
+    """Yield what would corrupt training: duplicate ids and labels for ids that do not exist."""
+    for kind, ids in collection.duplicates.items():
+        if ids:
+            yield f"{len(ids)} {kind} ids occur twice, such as {ids[0]!r}"
+    for split in collection.given_splits:
+        for column, table in (("query", collection.queries), ("passage", collection.passages)):
+            orphans = find_orphans(collection, split, column)
+            if orphans:
+                yield f"qrels/{split}.tsv names {len(orphans)} {column} ids that {'queries' if table is collection.queries else 'corpus'}.jsonl does not have, such as {orphans[0]!r}"
+
+
+def find_orphans(collection: Collection, split: str, column: str) -> list[str]:
+    """Return the ids that a split's labels name and the data does not have."""
+    qrels = read_qrels(collection.folder / "qrels" / f"{split}.tsv")
+    if column == "query":
+        return [query_id for query_id in qrels if query_id not in collection.queries]
+    named = dict.fromkeys(passage_id for judged in qrels.values() for passage_id in judged)
+    return [passage_id for passage_id in named if passage_id not in collection.passages]
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted collections."""
+    return Path(os.environ.get("PAIRDR_CACHE", Path.home() / ".cache" / "pairdr"))
+
+
+def _find_files(folder: Path, unlabelled: Iterable[Path]) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UsageError("There is no such folder.", path=folder, remedy="Name a BEIR folder: corpus.jsonl, queries.jsonl, qrels/.")
+    found = {}
+    for name in ("corpus", "queries"):
+        path = next((p for p in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if p.is_file()), None)
+        if path is None:
+            raise UsageError(f"{name}.jsonl (or .jsonl.gz) is missing.", path=folder, remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv.")
+        found[name] = path
+    for split in SPLITS:
+        path = folder / "qrels" / f"{split}.tsv"
+        if path.is_file():
+            found[f"qrels/{split}"] = path
+    for number, path in enumerate(unlabelled):
+        if not path.is_file():
+            raise UsageError("There is no such file.", path=path, remedy="Check --unlabelled.")
+        found[f"unlabelled/{number}"] = path
+    return found
+
+
+def _convert(inputs: dict[str, Path], staging: Staging) -> None:
+    """Turn the text files into memory-mapped tables."""
+
+    def read_queries() -> Iterator[tuple[int, list[str]]]:
+        yield from read_texts(inputs["queries"], ("_id", "text"))
+        for name, path in inputs.items():
+            if name.startswith("unlabelled/"):
+                yield from ((line, [query_id, text]) for line, query_id, text in read_unlabelled(path))
+
+    corpus = read_texts(inputs["corpus"], ("_id", "title", "text"))
+    staging.facts["duplicates"] = {
+        "passage": _write_table(staging.path, "passages", ("id", "title", "text"), corpus),
+        "query": _write_table(staging.path, "queries", ("id", "text"), read_queries()),
+    }
+    splits = [name.removeprefix("qrels/") for name in inputs if name.startswith("qrels/")]
+    for split in splits:
+        write_qrels(staging.path / "qrels" / f"{split}.tsv", read_qrels(inputs[f"qrels/{split}"]))
+    staging.facts["splits"] = splits
+
+
+def _write_table(folder: Path, name: str, columns: tuple[str, ...], rows: Iterable[tuple[int, list[str]]]) -> list[str]:
+    """Write one table with its id index; return the ids that occur twice."""
+    schema = pa.schema([*((column, pa.large_string()) for column in columns)])
+    hashes: list[np.uint64] = []
+    path = folder / f"{name}.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+
+        def flush(block: list[list[str]]) -> None:
+            arrays = [pa.array(list(column), pa.large_string()) for column in zip(*block, strict=True)]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+        _in_blocks((row for _, row in rows), flush, hashes)
+    keys = np.array(hashes, dtype=np.uint64)
+    order = np.argsort(keys, kind="stable")
+    np.save(folder / f"{name}.hashes.npy", keys[order])
+    np.save(folder / f"{name}.rows.npy", order)
+    with pa.memory_map(str(path)) as source:
+        ids = pa.ipc.open_file(source).read_all().column("id")
+    rank = np.empty(len(keys), dtype=np.int64)
+    rank[pc.sort_indices(ids).to_numpy()] = np.arange(len(keys))
+    np.save(folder / f"{name}.rank.npy", rank)
+    return _find_duplicates(ids, keys, order)
+
+
+def _in_blocks(rows: Iterable[list[str]], flush: Callable[[list[list[str]]], None], hashes: list[np.uint64]) -> None:
+    block: list[list[str]] = []
+    for row in rows:
+        hashes.append(_hash_id(row[0]))
+        block.append(row)
+        if len(block) == BLOCK:
+            flush(block)
+            block = []
+    if block:
+        flush(block)
+
+
+def _find_duplicates(ids: pa.ChunkedArray, keys: npt.NDArray[np.uint64], order: npt.NDArray[np.int64]) -> list[str]:
+    same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    pairs = ((str(ids[int(order[i])]), str(ids[int(order[i + 1])])) for i in same)
+    return sorted({first for first, second in pairs if first == second})
+
+
+def _hash_id(text_id: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(text_id.encode(), digest_size=8).digest(), "little"))
+
+
+def _sample(qrels: Qrels, count: int, seed: int) -> list[str]:
+    return sorted(random.Random(seed).sample(sorted(qrels), count))
+

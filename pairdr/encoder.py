@@ -1,0 +1,319 @@
+"""The dual encoder: one sentence-transformers model for both sides, and the contract that goes with it.
+
+The contract (prefixes, lengths, pooling, similarity, title form) is stored with the model in sentence-transformers'
+own places, so that plain `encode_query` and `encode_document` give the same vectors, and in the manifest, so that
+encode, search and serve can refuse vectors of another one.
+
+Takes texts, returns vectors. Knows nothing of losses, stores or measures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from torch import Tensor, nn
+
+from pairdr.artefact import MANIFEST, hash_json, publish, read_manifest
+from pairdr.config import ModelConfig
+from pairdr.errors import RefusedError, UsageError
+from pairdr.records import Passage
+from pairdr.sources.minilm import find_minilm
+
+LENGTH_GROUP = 24
+"""Texts per forward pass in training: short groups of like length waste little padding."""
+
+
+class Tokens(NamedTuple):
+    """One tokenised text."""
+
+    input_ids: list[int]
+    token_type_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What has to be the same in training and in every later use of a model."""
+
+    query_prefix: str
+    passage_prefix: str
+    query_length: int
+    passage_length: int
+    pooling: str
+    similarity: str
+    title: str
+    dimensions: int
+
+
+class DualEncoder:
+    """A tied dual encoder.
+
+    Attributes:
+        model: the sentence-transformers model.
+        contract: prefixes, lengths, pooling, similarity.
+        temperature: the divisor of scores that fits the similarity.
+        is_retriever: False for a bare encoder that nobody has tuned for similarity yet.
+    """
+
+    def __init__(self, model: SentenceTransformer, contract: Contract, temperature: float, is_retriever: bool) -> None:
+        self.model, self.contract, self.temperature, self.is_retriever = model, contract, temperature, is_retriever
+
+    @classmethod
+    def load(cls, config: ModelConfig) -> DualEncoder:
+        """Load a start model: a folder or hub name of sentence-transformers or Hugging Face form.
+
+        Raises:
+            UsageError: no model there, or one of another kind.
+            RefusedError: dot product at temperature 1 on normalised vectors.
+        """
+        name = find_minilm() if config.start == "minilm" else config.start
+        if (Path(name) / MANIFEST).is_file():
+            return cls.open(name, device=config.device)
+        model, is_retriever = _load_modules(name, config)
+        if config.layers is not None:
+            _keep_layers(model, config.layers)
+        _settle_similarity(model, config, is_retriever)
+        contract = _settle_contract(model, config)
+        temperature = config.temperature or (0.05 if contract.similarity == "cosine" else 1.0)
+        if contract.similarity == "dot" and temperature == 1.0 and any(isinstance(m, Normalize) for m in model):
+            raise RefusedError(
+                "Dot product at temperature 1 on normalised vectors: all scores lie within 2 of each other, "
+                "and the softmax cannot learn.", path=name, remedy="Set temperature = 0.05 or similarity = 'cosine'.",
+            )
+        return cls(model, contract, temperature, is_retriever)
+
+    @classmethod
+    def open(cls, folder: str | Path, device: str | None = None) -> DualEncoder:
+        """Open a model that pairdr saved.
+
+        Raises:
+            ArtefactError: the folder is missing, broken or of another kind.
+        """
+        facts = read_manifest(folder, "model").facts
+        model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+        return cls(model, Contract(**facts["contract"]), facts["temperature"], facts["is_retriever"])
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        options: dict[str, Any],
+        inputs: dict[str, str],
+        facts: dict[str, Any] | None = None,
+        files: dict[str, str] | None = None,
+    ) -> None:
+        """Save as a sentence-transformers folder with a manifest.
+
+        Args:
+            folder: where it will stand.
+            options: what it was made with.
+            inputs: fingerprints of what it was made from.
+            facts: further facts for the manifest; `stages` marks a trained model.
+            files: further text files, by name.
+        """
+        facts = facts or {}
+        with publish(folder, "model", options=options, inputs=inputs) as staging:
+            self.model.save(str(staging.path), create_model_card=False)
+            (staging.path / "README.md").write_text(_describe(self.contract), encoding="utf-8")
+            for name, text in (files or {}).items():
+                (staging.path / name).write_text(text, encoding="utf-8")
+            staging.facts |= facts | {
+                "contract": asdict(self.contract),
+                "temperature": self.temperature,
+                "is_retriever": True if facts.get("stages") else self.is_retriever,
+                "weights_sha256": self.hash_weights(),
+                "encoder": self.fingerprint,
+            }
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of weights and contract: equal for models that give equal vectors."""
+        return hash_json([self.hash_weights(), asdict(self.contract)])
+
+    def hash_weights(self) -> str:
+        """Return the sha256 over all parameters, by name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def set_dropout(self, dropout: float | None) -> None:
+        """Set the dropout of hidden states and attention; None leaves the model's own."""
+        if dropout is None:
+            return
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+
+    def tokenize_queries(self, texts: Sequence[str]) -> list[Tokens]:
+        """Tokenise questions, prefix included, cut to the contract's length."""
+        return self._tokenize([self.contract.query_prefix + text for text in texts], None, self.contract.query_length)
+
+    def tokenize_passages(self, passages: Sequence[Passage]) -> list[Tokens]:
+        """Tokenise passages, prefix included, cut to the contract's length.
+
+        With `title = "segment"` title and text are a pair, cut longest first; else they are one string.
+        """
+        prefix = self.contract.passage_prefix
+        if self.contract.title == "segment":
+            titles, texts = [prefix + (p.title or "-") for p in passages], [p.text for p in passages]
+            return self._tokenize(titles, texts, self.contract.passage_length)
+        return self._tokenize([prefix + p.joined for p in passages], None, self.contract.passage_length)
+
+    def embed(self, tokens: Sequence[Tokens]) -> Tensor:
+        """Return [n, D] vectors with their graph, computed in groups of like length.
+
+        For cosine they are normalised, so that an inner product is the similarity.
+        """
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i].input_ids))
+        parts = [self._forward([tokens[i] for i in order[at : at + LENGTH_GROUP]]) for at in range(0, len(order), LENGTH_GROUP)]
+        place = torch.empty(len(order), dtype=torch.long)
+        place[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
+        return torch.cat(parts)[place.to(parts[0].device)]
+
+    @torch.inference_mode()
+    def encode(self, tokens: Sequence[Tokens], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
+        """Return [n, D] fp32 vectors without a graph. The batch plan is a function of the texts alone."""
+        self.model.eval()
+        vectors = np.empty((len(tokens), self.contract.dimensions), dtype=np.float32)
+        for group in plan_batches([len(t.input_ids) for t in tokens], tokens_per_batch):
+            vectors[group] = self._forward([tokens[i] for i in group]).float().cpu().numpy()
+        return vectors
+
+    def encode_queries(self, texts: Sequence[str], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of questions."""
+        return self.encode(self.tokenize_queries(texts), tokens_per_batch)
+
+    def encode_passages(self, passages: Sequence[Passage], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of passages."""
+        return self.encode(self.tokenize_passages(passages), tokens_per_batch)
+
+    def _tokenize(self, first: list[str], second: list[str] | None, length: int) -> list[Tokens]:
+        if not first:
+            return []
+        tokenizer = self.model.tokenizer
+        coded = tokenizer(first, second, truncation="longest_first", max_length=length, return_attention_mask=False, verbose=False)
+        types = coded.get("token_type_ids") or [[] for _ in first]
+        return [Tokens(*pair) for pair in zip(coded["input_ids"], types, strict=True)]
+
+    def _forward(self, tokens: Sequence[Tokens]) -> Tensor:
+        """Return [n, D] of one padded batch."""
+        width = max(len(t.input_ids) for t in tokens)
+        pad_id = self.model.tokenizer.pad_token_id or 0
+        ids = torch.full((len(tokens), width), pad_id, dtype=torch.long)  # [n, width]
+        mask = torch.zeros((len(tokens), width), dtype=torch.long)
+        types = torch.zeros((len(tokens), width), dtype=torch.long)
+        for row, (input_ids, type_ids) in enumerate(tokens):
+            ids[row, : len(input_ids)] = torch.tensor(input_ids)
+            mask[row, : len(input_ids)] = 1
+            types[row, : len(type_ids)] = torch.tensor(type_ids, dtype=torch.long)
+        features = {"input_ids": ids, "attention_mask": mask}
+        if tokens[0].token_type_ids:
+            features["token_type_ids"] = types
+        device = self.model.device
+        vectors: Tensor = self.model({name: value.to(device) for name, value in features.items()})["sentence_embedding"]
+        return vectors
+
+
+def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Return groups of places, by length, of at most so many padded tokens each (one long text may exceed it)."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        # Sorted: the newest text is the longest, so it sets the group's width.
+        if groups and (len(groups[-1]) + 1) * lengths[place] <= tokens_per_batch:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def _load_modules(name: str, config: ModelConfig) -> tuple[SentenceTransformer, bool]:
+    """Return the model and whether it comes as a sentence-transformers one."""
+    folder = Path(name)
+    if folder.exists() and not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
+        raise UsageError("This is no model folder.", path=name, remedy="It needs config.json or modules.json.")
+    try:
+        if _is_sentence_transformer(name):
+            return SentenceTransformer(name, device=config.device), True
+        transformer = Transformer(name)
+        pooling = "cls" if config.pooling == "auto" else config.pooling
+        modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
+        return SentenceTransformer(modules=modules, device=config.device), False
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"The model {name!r} cannot be loaded: {reason}", remedy="Name a folder or a hub name of an encoder."
+        ) from error
+
+
+def _is_sentence_transformer(name: str) -> bool:
+    if Path(name).exists():
+        return (Path(name) / "modules.json").is_file()
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    return bool(is_sentence_transformer_model(name))
+
+
+def _keep_layers(model: SentenceTransformer, count: int) -> None:
+    body = model[0].model
+    total = body.config.num_hidden_layers
+    stacks = [(parent, key) for parent in body.modules() for key, child in parent.named_children()
+              if isinstance(child, nn.ModuleList) and len(child) == total]
+    if len(stacks) != 1 or count > total:
+        raise UsageError(f"Option layers is {count}; this model has {total} layers.", remedy="Choose fewer.")
+    parent, key = stacks[0]
+    setattr(parent, key, getattr(parent, key)[:count])
+    body.config.num_hidden_layers = count
+
+
+def _settle_similarity(model: SentenceTransformer, config: ModelConfig, is_retriever: bool) -> None:
+    """Apply pooling and similarity; cosine models end with a normalisation, so that an inner product is the score."""
+    pooling = next((module for module in model if isinstance(module, Pooling)), None)
+    if pooling is not None and config.pooling != "auto":
+        pooling.pooling_mode = config.pooling
+    chosen = config.similarity
+    if chosen == "auto":
+        chosen = "dot" if not is_retriever or model.similarity_fn_name == "dot" else "cosine"
+    model.similarity_fn_name = chosen
+    if chosen == "cosine" and not any(isinstance(module, Normalize) for module in model):
+        model.append(Normalize())
+    if pooling is not None and not pooling.include_prompt:
+        raise UsageError("This model leaves the prompt out of its pooling, which pairdr does not do.", remedy="Use another start model.")
+
+
+def _settle_contract(model: SentenceTransformer, config: ModelConfig) -> Contract:
+    """Write prefixes and lengths where sentence-transformers reads them, and return the contract."""
+    stored = {key: model.prompts.get(key) or "" for key in ("query", "document")}
+    query_prefix = stored["query"] if config.query_prefix is None else config.query_prefix
+    passage_prefix = stored["document"] if config.passage_prefix is None else config.passage_prefix
+    model.prompts = {"query": query_prefix, "document": passage_prefix}
+    limit = model.get_max_seq_length() or max(config.query_length, config.passage_length)
+    positions = getattr(model[0].model.config, "max_position_embeddings", None) or limit
+    longest = max(config.query_length, config.passage_length)
+    if longest > positions:
+        raise UsageError(f"A length of {longest} tokens is over the model's {positions} positions.", remedy="Lower query_length or passage_length.")
+    model[0].query_length, model[0].document_length = config.query_length, config.passage_length
+    pooling = next((module.pooling_mode for module in model if isinstance(module, Pooling)), "own")
+    return Contract(
+        query_prefix, passage_prefix, config.query_length, config.passage_length, str(pooling),
+        str(model.similarity_fn_name), config.title, int(model.get_embedding_dimension() or 0),
+    )
+
+
+def _describe(contract: Contract) -> str:
+    lines = [f"- {key.replace('_', ' ')}: {value!r}" for key, value in asdict(contract).items()]
+    note = (
+        "\nTitles are a segment of their own: give sentence-transformers (title, text) pairs; a joined string gives "
+        "other vectors.\n" if contract.title == "segment" else ""
+    )
+    return "# A dense passage retriever\n\nOpen it with sentence-transformers: `encode_query`, `encode_document`.\n\n" + "\n".join(lines) + "\n" + note
+

@@ -1,0 +1,264 @@
+"""Stream readers and writers of the files that others can make or read: BEIR, TREC, and our Arrow forms.
+
+Every reader yields one record at a time and says file and line when a record is broken.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from pairdr.errors import DataError, UsageError
+from pairdr.records import RUN_SCHEMA, Example, Qrels, Run, Scored
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("positive_id", pa.string()),
+        ("negative_ids", pa.list_(pa.string())),
+        ("known_positive_ids", pa.list_(pa.string())),
+        ("source", pa.string()),
+        ("positive_score", pa.float32()),
+        ("negative_scores", pa.list_(pa.float32())),
+    ]
+)
+QRELS_HEADER = "query-id\tcorpus-id\tscore"
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) of a UTF-8 file, gzipped or not; empty lines are passed over.
+
+    Raises:
+        UsageError: there is no such file.
+        DataError: bytes that are no UTF-8, or a truncated gzip file.
+    """
+    if not path.is_file():
+        raise UsageError("There is no such file.", path=path, remedy="Check the path.")
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if text.strip():
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"Not UTF-8 (byte 0x{error.object[error.start]:02x}).", path=path, line=number, remedy="Save it as UTF-8."
+        ) from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(
+            "The gzip file is broken or cut off.", path=path, line=number + 1, remedy="Copy it again."
+        ) from error
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) of a JSON-lines file.
+
+    Raises:
+        DataError: a line that is no JSON object.
+    """
+    for number, text in read_lines(path):
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise DataError(
+                f"Broken JSON: {error}.", path=path, line=number, remedy="Mend or remove the line."
+            ) from error
+        if not isinstance(value, dict):
+            raise DataError("Not a JSON object.", path=path, line=number, remedy='Write {"_id": ..., "text": ...}.')
+        yield number, value
+
+
+def read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, values of `keys`) of a BEIR corpus or query file.
+
+    A missing title is empty; `_id` and `text` have to be there. Ids that are numbers become strings.
+
+    Raises:
+        DataError: a missing or wrongly typed key, an empty id, or a text with a lone surrogate or a NUL.
+    """
+    for number, value in read_jsonl(path):
+        row = []
+        for key in keys:
+            item = value.get(key, "" if key == "title" else None)
+            item = "" if item is None and key == "title" else str(item) if type(item) is int and key == "_id" else item
+            if not isinstance(item, str) or (key == "_id" and not item.strip()):
+                raise DataError(f'"{key}" is missing or is no string.', path=path, line=number, remedy="Add it.")
+            row.append(_require_clean(item, key, path, number))
+        yield number, row
+
+
+def read_unlabelled(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, query id, text) of a file of questions: JSON lines, or one question a line.
+
+    A question without `_id` gets the id `file name:line`.
+    """
+    if ".jsonl" in path.suffixes:
+        for number, value in read_jsonl(path):
+            text = value.get("text")
+            if not isinstance(text, str):
+                raise DataError('"text" is missing or is no string.', path=path, line=number, remedy="Add it.")
+            yield number, str(value.get("_id", f"{path.name}:{number}")), _require_clean(text, "text", path, number)
+    else:
+        for number, text in read_lines(path):
+            yield number, f"{path.name}:{number}", _require_clean(text.strip(), "text", path, number)
+
+
+def read_qrels(path: Path) -> Qrels:
+    """Read relevance labels: BEIR's three columns with a header, or TREC's four (query 0 passage relevance).
+
+    Raises:
+        DataError: a line with another number of columns, or a relevance that is no whole number.
+    """
+    return {query_id: dict(judged) for query_id, judged in _group(read_qrels_lines(path)).items()}
+
+
+def read_qrels_lines(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    """Yield (line number, query id, passage id, relevance) of a qrels file."""
+    for number, text in read_lines(path):
+        parts = text.split("\t") if "\t" in text else text.split()
+        if number == 1 and parts[-1].strip() in ("score", "relevance", "rel"):
+            continue
+        if len(parts) == 4:
+            del parts[1]
+        try:
+            query_id, passage_id, relevance = parts
+            yield number, query_id, passage_id, int(relevance)
+        except ValueError as error:
+            raise DataError(
+                "Not a qrels line: expected 'query-id<TAB>corpus-id<TAB>score', score a whole number.",
+                path=path, line=number, remedy="Mend or remove the line.",
+            ) from error
+
+
+def write_qrels(path: Path, qrels: Qrels) -> None:
+    """Write labels in BEIR's form."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(QRELS_HEADER + "\n")
+        for query_id, judged in qrels.items():
+            for passage_id, relevance in judged.items():
+                stream.write(f"{query_id}\t{passage_id}\t{relevance}\n")
+
+
+def read_run(path: Path) -> Run:
+    """Read a run: our Arrow file, or TREC's `query Q0 passage rank score tag`, plain or gzipped.
+
+    TREC runs are ordered by (-score, passage id) whatever their rank column says.
+
+    Raises:
+        DataError: a broken line, or a passage that stands twice under one query.
+    """
+    if path.suffix == ".arrow":
+        try:
+            return Run.open(path)
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise DataError("Not a run in Arrow form.", path=path, remedy="Make it again.") from error
+    ranked: dict[str, dict[str, float]] = {}
+    for number, text in read_lines(path):
+        try:
+            query_id, _, passage_id, _, score, _ = text.split()
+            value = float(score)
+        except ValueError as error:
+            raise DataError(
+                "Not a TREC run line: expected 'query Q0 passage rank score tag'.",
+                path=path, line=number, remedy="Mend or remove the line.",
+            ) from error
+        hits = ranked.setdefault(query_id, {})
+        if passage_id in hits:
+            raise DataError(f"Passage {passage_id} stands twice under query {query_id}.", path=path, line=number,
+                            remedy="Keep one of the two.")
+        hits[passage_id] = value
+    return Run.from_mapping({q: sorted(hits.items(), key=lambda hit: (-hit[1], hit[0])) for q, hits in ranked.items()})
+
+
+def write_trec_run(path: Path, run: Run, tag: str) -> None:
+    """Write a run in TREC's form, ranks from 1, scores with all digits of a float32."""
+    with path.open("w", encoding="utf-8") as stream:
+        for query_id in run:
+            for rank, (passage_id, score) in enumerate(run[query_id], start=1):
+                stream.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
+
+
+@contextmanager
+def write_run(path: Path) -> Iterator[Callable[[list[str], list[list[Scored]]], None]]:
+    """Write a run in Arrow form, block by block: the block's queries and their ranked passages."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, RUN_SCHEMA) as writer:
+
+        def add(query_ids: list[str], ranked: list[list[Scored]]) -> None:
+            block = Run.from_mapping(dict(zip(query_ids, ranked, strict=True))).table
+            for batch in block.to_batches():
+                writer.write_batch(batch)
+
+        yield add
+
+
+def write_examples(path: Path, examples: Iterable[Example], block: int = 4096) -> int:
+    """Write training rows in Arrow form and return how many there were."""
+    rows: list[dict[str, Any]] = []
+    count = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, EXAMPLE_SCHEMA) as writer:
+        for example in examples:
+            rows.append(vars(example))
+            count += 1
+            if len(rows) == block:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, EXAMPLE_SCHEMA))
+                rows = []
+        if rows:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, EXAMPLE_SCHEMA))
+    return count
+
+
+class Examples:
+    """Training rows, memory-mapped."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    @classmethod
+    def open(cls, *paths: Path) -> Examples:
+        """Memory-map one or more example files and read them as one, in the given order."""
+        tables = []
+        for path in paths:
+            try:
+                with pa.memory_map(str(path)) as source:
+                    table = pa.ipc.open_file(source).read_all()
+            except (OSError, pa.ArrowInvalid) as error:
+                raise DataError("No examples in Arrow form here.", path=path, remedy="Run pairdr label.") from error
+            if table.schema != EXAMPLE_SCHEMA:
+                raise DataError("These are other columns than examples have.", path=path, remedy="Run pairdr label.")
+            tables.append(table)
+        return cls(pa.concat_tables(tables))
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, row: int) -> Example:
+        values = {name: self.table.column(name)[row].as_py() for name in EXAMPLE_SCHEMA.names}
+        return Example(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[row] for row in range(len(self)))
+
+
+def _group(lines: Iterable[tuple[int, str, str, int]]) -> Qrels:
+    qrels: Qrels = {}
+    for _, query_id, passage_id, relevance in lines:
+        qrels.setdefault(query_id, {})[passage_id] = relevance
+    return qrels
+
+
+def _require_clean(text: str, key: str, path: Path, line: int) -> str:
+    if "\0" in text:
+        raise DataError(f'"{key}" has a NUL character.', path=path, line=line, remedy="Remove it.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f'"{key}" has half a surrogate pair.', path=path, line=line, remedy="Remove it.") from error
+    return text

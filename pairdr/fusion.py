@@ -1,0 +1,95 @@
+"""Weighted fusion of scores, and the choice of its weights on dev.
+
+Each system's scores of a query's candidates are standardised (mean 0, deviation 1), so that BM25's and a model's can
+be added. A passage that a system did not retrieve counts as that system's lowest one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pairdr.measures import reciprocal_ranks
+from pairdr.records import Run, Scored
+
+STEP = 0.1
+Array = npt.NDArray[np.float64]
+
+
+def standardise(scores: npt.ArrayLike) -> Array:
+    """Return scores with mean 0 and deviation 1 along the last axis; equal scores become 0."""
+    values = np.asarray(scores, dtype=np.float64)
+    if values.size == 0:
+        return values
+    spread = values.std(axis=-1, keepdims=True)
+    centred: Array = values - values.mean(axis=-1, keepdims=True)
+    return np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 1e-12)
+
+
+def list_weights(systems: int) -> list[tuple[float, ...]]:
+    """Return all weightings of so many systems in steps of 0.1 that sum to 1."""
+    parts = round(1 / STEP)
+    whole = itertools.product(range(parts + 1), repeat=systems)
+    return [tuple(round(w * STEP, 10) for w in weights) for weights in whole if sum(weights) == parts]
+
+
+def fuse_runs(runs: Sequence[Run], weights: Sequence[float], k: int) -> Run:
+    """Return the k best passages per query by the weighted sum of standardised scores.
+
+    Ties are broken by (-score, id). A query that only some runs answer is ranked by those.
+    """
+    queries = dict.fromkeys(query_id for run in runs for query_id in run)
+    return Run.from_mapping({query_id: _fuse_query(runs, weights, query_id, k) for query_id in queries})
+
+
+def tune_weights(scores: Sequence[Sequence[Array]], relevant: Sequence[npt.NDArray[np.bool_]]) -> tuple[float, ...]:
+    """Return the weights with the best mean RR@10; of equal ones the most even.
+
+    Args:
+        scores: per query, one array of standardised scores per system, over the same candidates.
+        relevant: per query, which candidates are relevant.
+    """
+    choices = list_weights(len(scores[0]))
+    means = [float(np.mean(fused_reciprocal_ranks(scores, relevant, weights))) for weights in choices]
+    return max(zip(means, choices, strict=True), key=lambda pair: (round(pair[0], 12), -float(np.var(pair[1]))))[1]
+
+
+def fused_reciprocal_ranks(
+    scores: Sequence[Sequence[Array]], relevant: Sequence[npt.NDArray[np.bool_]], weights: Sequence[float]
+) -> Array:
+    """Return RR@10 per query of the weighted sum; ties keep the candidates' order."""
+    ranked = []
+    for systems, truth in zip(scores, relevant, strict=True):
+        fused = sum(w * s for w, s in zip(weights, systems, strict=True))
+        ranked.append(truth[np.argsort(-np.asarray(fused), kind="stable")])
+    return reciprocal_ranks(ranked)
+
+
+def tune_run_weights(runs: Sequence[Run], qrels: dict[str, dict[str, int]]) -> tuple[float, ...]:
+    """Return the weights for `fuse_runs` with the best RR@10 on labelled queries."""
+    scores, relevant = [], []
+    for query_id, judged in qrels.items():
+        ids, systems = _align([dict(run[query_id]) if query_id in run else {} for run in runs])
+        scores.append(systems)
+        relevant.append(np.array([judged.get(passage_id, 0) > 0 for passage_id in ids], dtype=bool))
+    return tune_weights(scores, relevant)
+
+
+def _fuse_query(runs: Sequence[Run], weights: Sequence[float], query_id: str, k: int) -> list[Scored]:
+    ids, systems = _align([dict(run[query_id]) if query_id in run else {} for run in runs])
+    fused = np.asarray(sum(w * s for w, s in zip(weights, systems, strict=True)))
+    hits = sorted(zip(ids, fused.tolist(), strict=True), key=lambda hit: (-hit[1], hit[0]))[:k]
+    return [Scored(*hit) for hit in hits]
+
+
+def _align(found: Sequence[dict[str, float]]) -> tuple[list[str], list[Array]]:
+    """Return the union of the passages, ordered by id, and each system's standardised scores of it."""
+    ids = sorted(set().union(*found))
+    systems = []
+    for scores in found:
+        floor = min(scores.values(), default=0.0)
+        systems.append(standardise([scores.get(passage_id, floor) for passage_id in ids]))
+    return ids, systems

@@ -1,0 +1,1 @@
+"""Vectors to the top k: one contract, one file each."""

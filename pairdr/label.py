@@ -1,0 +1,263 @@
+"""Teacher scores to training examples: pseudo positives for the pool, denoised negatives for every query.
+
+For a query of the pool (RocketQA, step 4; PAIR, section 4.2): the best-scored candidate is the pseudo positive if it
+scores above s_pos; the first candidates in rank order that score below s_neg are its negatives; a query without
+either is left out. For a labelled query the positives are given and the negatives are the mined ones below s_neg.
+Both comparisons are strict. A teacher's score means something else with every teacher, so s_pos and s_neg are
+calibrated on labelled dev queries unless they are given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pairdr.artefact import publish
+from pairdr.collection import Collection
+from pairdr.config import LabelConfig
+from pairdr.errors import RefusedError
+from pairdr.formats import write_examples
+from pairdr.mine import Candidates
+from pairdr.progress import show_progress
+from pairdr.records import Example, Qrels, Run, Scored, positives_of
+from pairdr.teachers import Teacher
+
+BLOCK = 64
+LEAST_SHARE, MOST_SHARE = 0.01, 0.95
+LEAST_QUERIES = 20
+"""Fewer dev queries than this above a threshold say nothing of its precision."""
+SOURCES = ("labelled", "pseudo", "plain")
+"""Example files: denoised labelled rows, pseudo-labelled rows, and labelled rows with the mined negatives as they are."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds and what they promise, measured on labelled dev queries.
+
+    Attributes:
+        s_pos: a pseudo positive scores above this.
+        s_neg: a negative scores below this.
+        precision: share of right pseudo positives among the dev queries that get one; a lower bound, since
+            dev labels are rarely complete. None where s_pos was given.
+        yield_share: share of the dev queries that get a pseudo positive.
+        queries: dev queries behind these numbers.
+    """
+
+    s_pos: float
+    s_neg: float
+    precision: float | None
+    yield_share: float | None
+    queries: int
+
+
+def label_examples(
+    collection: Collection, candidates: Candidates, teacher: Teacher | None, config: LabelConfig, output: str | Path,
+    *, teacher_fingerprint: str = "",
+) -> dict[str, Any]:
+    """Write the examples that training reads, with the teacher's scores.
+
+    Args:
+        collection: the data.
+        candidates: what mining found.
+        teacher: an accepted teacher; None writes labelled examples with mined negatives only.
+        config: thresholds, depth, negatives per query.
+        output: the folder of the examples.
+        teacher_fingerprint: kept in the manifest.
+
+    Returns:
+        Counts, thresholds, yield, and the measured precision on hidden labels.
+
+    Raises:
+        RefusedError: the pool's yield is below 1 % or above 95 %, or no threshold reaches the wanted precision.
+    """
+    inputs = {"collection": collection.fingerprint, "candidates": candidates.fingerprint, "teacher": teacher_fingerprint}
+    with publish(output, "examples", options=config.as_dict(), inputs=inputs) as staging:
+        facts = staging.facts
+        counts: Counter[str] = Counter()
+        facts["plain"] = write_examples(staging.path / "plain.arrow", _label_plainly(collection, candidates, config))
+        if teacher is None:
+            facts |= {"teacher": None, "labelled": facts["plain"], "pseudo": 0}
+            write_examples(staging.path / "labelled.arrow", _label_plainly(collection, candidates, config))
+            write_examples(staging.path / "pseudo.arrow", [])
+            return dict(facts)
+        calibration = calibrate(collection, candidates.student, teacher, config)
+        facts |= {"teacher": teacher.name, "calibration": asdict(calibration)}
+        labelled = _denoise(collection, candidates, teacher, calibration.s_neg, config, counts)
+        facts["labelled"] = write_examples(staging.path / "labelled.arrow", labelled)
+        pseudo = list(_label_pool(collection, candidates.student, teacher, calibration, config, counts))
+        facts["pseudo"] = write_examples(staging.path / "pseudo.arrow", pseudo)
+        facts |= {"counts": dict(counts), "pool": len(collection.pool), "hidden": measure_precision(pseudo, collection.hidden)}
+        if collection.pool:
+            _require_yield(len(pseudo), len(collection.pool), calibration)
+    return dict(facts)
+
+
+def calibrate(collection: Collection, student: Run, teacher: Teacher, config: LabelConfig) -> Calibration:
+    """Choose s_pos for the wanted precision and s_neg for the accepted share of false negatives, on dev.
+
+    Args:
+        collection: the data; its dev split is used.
+        student: candidates of the dev queries.
+        teacher: whose scores they are.
+        config: the wanted precision; thresholds that are given are kept.
+
+    Raises:
+        RefusedError: no threshold reaches the wanted precision on 20 queries or more.
+    """
+    tops: list[tuple[float, bool]] = []
+    positives: list[float] = []
+    dev = collection.qrels("dev")
+    for query_id, hits, scores in score_candidates(collection, student, teacher, list(dev), config.label_depth):
+        known = positives_of(dev, query_id)
+        if not hits:
+            continue
+        best = int(np.argmax(scores))
+        tops.append((float(scores[best]), hits[best].passage_id in known))
+        positives += [float(s) for hit, s in zip(hits, scores, strict=True) if hit.passage_id in known]
+    s_pos = choose_s_pos(tops, config.target_precision) if config.s_pos is None else config.s_pos
+    if s_pos is None:
+        best_precision = max((right for right in _precisions(tops)), default=0.0)
+        raise RefusedError(
+            f"No threshold gives pseudo positives with a precision of {config.target_precision:g} on "
+            f"{LEAST_QUERIES} of {len(tops)} dev queries or more; the best is {best_precision:.2f}.",
+            remedy="Use a better teacher, or lower --target-precision.",
+        )
+    s_neg = config.s_neg
+    if s_neg is None:
+        s_neg = min(s_pos, float(np.quantile(positives, config.false_negatives)) if positives else s_pos)
+    above = [right for score, right in tops if score > s_pos]
+    precision = sum(above) / len(above) if above else None
+    return Calibration(s_pos, s_neg, precision, len(above) / max(1, len(tops)), len(tops))
+
+
+def choose_s_pos(tops: Sequence[tuple[float, bool]], target: float) -> float | None:
+    """Return the lowest threshold above which the share of right tops is at least the target.
+
+    Args:
+        tops: per query, the best score and whether that passage is relevant.
+        target: the wanted share.
+
+    Returns:
+        The threshold, strictly below the last score that counts and not below the next; None where there is none.
+    """
+    ordered = sorted((score for score, _ in tops), reverse=True)
+    best: float | None = None
+    for count, precision in enumerate(_precisions(tops), start=LEAST_QUERIES):
+        follower = ordered[count] if count < len(ordered) else -math.inf
+        if precision >= target and follower < ordered[count - 1]:
+            best = follower if math.isfinite(follower) else ordered[-1] - 1e-6
+    return best
+
+
+def pick_pseudo_labels(
+    hits: Sequence[Scored], scores: Sequence[float], s_pos: float, s_neg: float, most: int
+) -> tuple[int, list[int]] | None:
+    """Return the place of the pseudo positive and of its negatives, or None where either is missing.
+
+    Args:
+        hits: candidates in rank order.
+        scores: the teacher's score of each.
+        s_pos: the positive's score is strictly above this.
+        s_neg: a negative's score is strictly below this.
+        most: how many negatives are taken, in rank order.
+    """
+    if not len(hits):
+        return None
+    best = int(np.argmax(scores))
+    if not scores[best] > s_pos:
+        return None
+    negatives = [place for place, score in enumerate(scores) if score < s_neg and place != best][:most]
+    return (best, negatives) if negatives else None
+
+
+def score_candidates(
+    collection: Collection, run: Run, teacher: Teacher, query_ids: Iterable[str], depth: int
+) -> Iterator[tuple[str, list[Scored], np.ndarray[Any, np.dtype[np.float64]]]]:
+    """Yield (query id, its first candidates, the teacher's scores), scoring a block of queries at a time."""
+    wanted = [query_id for query_id in query_ids if query_id in run]
+    stream = iter(wanted)
+    with show_progress("label", len(wanted)) as advance:
+        while block := list(islice(stream, BLOCK)):
+            hits = [run[query_id][:depth] for query_id in block]
+            passages = [[collection.passage(hit.passage_id) for hit in row] for row in hits]
+            scored = teacher.score([collection.query(query_id) for query_id in block], passages)
+            yield from zip(block, hits, scored, strict=True)
+            advance(len(block))
+
+
+def measure_precision(examples: Sequence[Example], hidden: Qrels) -> dict[str, Any] | None:
+    """Return how many pseudo positives of queries with hidden labels are right; None where nothing was hidden."""
+    checked = [example for example in examples if example.query_id in hidden]
+    if not checked:
+        return None
+    right = sum(example.positive_id in positives_of(hidden, example.query_id) for example in checked)
+    return {"checked": len(checked), "right": right, "precision": right / len(checked)}
+
+
+def _label_plainly(collection: Collection, candidates: Candidates, config: LabelConfig) -> Iterator[Example]:
+    for query_id in candidates.negatives:
+        chosen = candidates.negatives[query_id][: config.negatives]
+        yield from _rows(collection, query_id, [hit.passage_id for hit in chosen], [math.nan] * len(chosen))
+
+
+def _denoise(
+    collection: Collection, candidates: Candidates, teacher: Teacher, s_neg: float, config: LabelConfig, counts: Counter[str]
+) -> Iterator[Example]:
+    """Yield labelled rows whose negatives the teacher scores below s_neg, in rank order.
+
+    The teacher sees the same candidates as for the pool, positives included: fused scores depend on the company.
+    """
+    mined = {query_id: {hit.passage_id for hit in candidates.negatives[query_id]} for query_id in candidates.negatives}
+    for query_id, hits, scores in score_candidates(collection, candidates.student, teacher, mined, config.label_depth):
+        usable = [(hit.passage_id, float(s)) for hit, s in zip(hits, scores, strict=True) if hit.passage_id in mined[query_id]]
+        kept = [pair for pair in usable if pair[1] < s_neg]
+        counts["mined negatives kept"] += len(kept)
+        counts["mined negatives the teacher rejects"] += len(usable) - len(kept)
+        kept = kept[: config.negatives]
+        yield from _rows(collection, query_id, [p for p, _ in kept], [s for _, s in kept])
+
+
+def _rows(collection: Collection, query_id: str, negatives: list[str], scores: list[float]) -> Iterator[Example]:
+    """Yield one labelled row per positive of the query."""
+    positives = positives_of(collection.qrels("train"), query_id)
+    for positive in positives:
+        yield Example(query_id, positive, tuple(negatives), positives, "labelled", math.nan, tuple(scores))
+
+
+def _label_pool(
+    collection: Collection, student: Run, teacher: Teacher, calibration: Calibration, config: LabelConfig, counts: Counter[str]
+) -> Iterator[Example]:
+    for query_id, hits, scores in score_candidates(collection, student, teacher, collection.pool, config.label_depth):
+        picked = pick_pseudo_labels(hits, scores.tolist(), calibration.s_pos, calibration.s_neg, config.negatives)
+        if picked is None:
+            counts["pool queries without a sure positive or negative"] += 1
+            continue
+        positive, negatives = hits[picked[0]].passage_id, picked[1]
+        yield Example(
+            query_id, positive, tuple(hits[place].passage_id for place in negatives), (positive,), "pseudo",
+            float(scores[picked[0]]), tuple(float(scores[place]) for place in negatives),
+        )
+
+
+def _precisions(tops: Sequence[tuple[float, bool]]) -> list[float]:
+    """Return the share of right ones among the n best-scored tops, for n from 20 up."""
+    right = np.array([ok for _, ok in sorted(tops, key=lambda top: -top[0])], dtype=float)
+    shares = np.cumsum(right) / np.arange(1, len(right) + 1)
+    return [float(share) for share in shares[LEAST_QUERIES - 1 :]]
+
+
+def _require_yield(found: int, pool: int, calibration: Calibration) -> None:
+    share = found / pool
+    if not LEAST_SHARE <= share <= MOST_SHARE:
+        raise RefusedError(
+            f"{found} of {pool} pool queries ({share:.1%}) get a pseudo label with s_pos {calibration.s_pos:.3f} and "
+            f"s_neg {calibration.s_neg:.3f}; below 1 % or above 95 % the thresholds do not fit the teacher.",
+            remedy="Leave --s-pos and --s-neg unset to calibrate them, or use a better teacher.",
+        )

@@ -1,0 +1,188 @@
+"""Candidates for every query, and hard negatives for the labelled ones.
+
+Candidates are the top of the student and of BM25. A candidate of a labelled query becomes a hard negative unless it
+is a known positive, a near copy of one, too near to the positive's score, or above the maximum score. How many were
+kept, and why the others were not, is counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pairdr.artefact import publish, read_manifest
+from pairdr.collection import Collection, normalise_text
+from pairdr.config import MineConfig, SearchConfig
+from pairdr.errors import DataError
+from pairdr.formats import write_run
+from pairdr.lexical import LexicalIndex
+from pairdr.progress import show_progress
+from pairdr.records import Query, Run, Scored, positives_of
+from pairdr.search import rank_dense, rank_words
+from pairdr.vectors import VectorStore
+
+if TYPE_CHECKING:
+    from pairdr.encoder import DualEncoder
+
+GRAM = 5
+"""Words per gram when near copies are compared."""
+
+
+class Candidates:
+    """What mining found.
+
+    Attributes:
+        student: the student's best passages for train, dev and pool queries.
+        bm25: BM25's.
+        negatives: hard negatives for labelled training queries, with the student's scores.
+        fingerprint: of the content.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.fingerprint = read_manifest(folder, "candidates").fingerprint
+        self.student, self.bm25, self.negatives = (
+            Run.open(Path(folder) / f"{name}.arrow") for name in ("student", "bm25", "negatives")
+        )
+
+
+def mine_candidates(
+    collection: Collection,
+    encoder: DualEncoder,
+    store: VectorStore,
+    index: LexicalIndex,
+    config: MineConfig,
+    output: str | Path,
+) -> Candidates:
+    """Search for every train, dev and pool query, and choose the hard negatives of the labelled ones.
+
+    Memory is bounded by a block of queries, whatever the number of queries and passages.
+
+    Args:
+        collection: the data.
+        encoder: the student.
+        store: the student's vectors of the corpus.
+        index: BM25.
+        config: depth, margins, sampling.
+        output: the folder of the candidates.
+
+    Raises:
+        DataError: there is no labelled training query.
+        ArtefactError: the vectors were not made by this student.
+    """
+    query_ids = [*collection.qrels("train"), *collection.qrels("dev"), *collection.pool]
+    search = SearchConfig(k=config.depth)
+    inputs = {"collection": collection.fingerprint, "encoder": encoder.fingerprint, "bm25": index.fingerprint}
+    with publish(output, "candidates", options=config.as_dict(), inputs=inputs) as staging:
+        rankings = {
+            "student": rank_dense(_read_queries(collection, query_ids), encoder, store, search),
+            "bm25": rank_words(_read_queries(collection, query_ids), collection, index, search),
+        }
+        for name, blocks in rankings.items():
+            _write_blocks(staging.path / f"{name}.arrow", name, blocks, len(query_ids))
+        student = Run.open(staging.path / "student.arrow")
+        counts: Counter[str] = Counter()
+        with write_run(staging.path / "negatives.arrow") as add:
+            for number, query_id in enumerate(collection.qrels("train")):
+                add([query_id], [choose_negatives(collection, student, query_id, config, counts, number)])
+        staging.facts |= {
+            "labelled": len(collection.qrels("train")), "pool": len(collection.pool),
+            "depth": config.depth, "negatives": dict(counts),
+        }
+    return Candidates(output)
+
+
+def choose_negatives(
+    collection: Collection, student: Run, query_id: str, config: MineConfig, counts: Counter[str], number: int = 0
+) -> list[Scored]:
+    """Return the hard negatives of one labelled query, best-scored first, and count what became of each candidate.
+
+    The margins compare with the best-scored known positive among the candidates; where none was retrieved, every
+    candidate already beats it, so the margins do not apply.
+
+    Args:
+        collection: the data.
+        student: candidates with the student's scores.
+        query_id: a labelled query.
+        config: margins, maximum score, sampling.
+        counts: reason to number of candidates; added to.
+        number: the query's place, which with the seed decides random sampling.
+    """
+    positives = positives_of(collection.qrels("train"), query_id)
+    if not positives:
+        raise DataError(f"Query {query_id!r} has no relevant passage.", remedy="Remove its labels or add one above 0.")
+    hits = student[query_id]
+    known = [hit.score for hit in hits if hit.passage_id in positives]
+    limit = _highest_score(max(known, default=None), config)
+    survivors = []
+    for hit in hits:
+        reason = (
+            "known positive" if hit.passage_id in positives
+            else "too near the positive's score" if hit.score > limit
+            else "near copy of a positive" if _is_near_copy(collection, hit.passage_id, positives, config.near_copy)
+            else None
+        )
+        if reason is None:
+            survivors.append(hit)
+        else:
+            counts[reason] += 1
+    if config.sampling == "random" and len(survivors) > config.keep:
+        chosen = np.random.default_rng((config.mine_seed, number)).choice(len(survivors), config.keep, replace=False)
+        kept = [survivors[place] for place in sorted(chosen)]
+    else:
+        kept = survivors[: config.keep]
+    counts["kept"] += len(kept)
+    counts["beyond the number kept"] += len(survivors) - len(kept)
+    return kept
+
+
+def jaccard_grams(first: str, second: str) -> float:
+    """Return the Jaccard similarity of two normalised texts' sets of five-word grams."""
+    one, two = _grams(first), _grams(second)
+    if min(len(one), len(two)) == 0:
+        return float(first == second)
+    return len(one & two) / len(one | two)
+
+
+def _is_near_copy(collection: Collection, passage_id: str, positives: Iterable[str], level: float) -> bool:
+    text = _normalised(collection, passage_id)
+    return any(
+        text == other or jaccard_grams(text, other) >= level
+        for other in (_normalised(collection, positive) for positive in positives)
+    )
+
+
+def _highest_score(positive: float | None, config: MineConfig) -> float:
+    limits = [np.inf if config.max_score is None else config.max_score]
+    if positive is not None and config.absolute_margin is not None:
+        limits.append(positive - config.absolute_margin)
+    if positive is not None and config.relative_margin is not None:
+        limits.append(positive - abs(positive) * config.relative_margin)
+    return float(min(limits))
+
+
+@lru_cache(maxsize=65536)
+def _normalised(collection: Collection, passage_id: str) -> str:
+    return normalise_text(collection.passage(passage_id).joined)
+
+
+@lru_cache(maxsize=65536)
+def _grams(text: str) -> frozenset[tuple[str, ...]]:
+    words = text.split()
+    size = min(GRAM, len(words))
+    return frozenset(tuple(words[at : at + size]) for at in range(len(words) - size + 1)) if words else frozenset()
+
+
+def _read_queries(collection: Collection, query_ids: Iterable[str]) -> Iterator[Query]:
+    return (collection.query(query_id) for query_id in query_ids)
+
+
+def _write_blocks(path: Path, name: str, blocks: Iterator[tuple[list[str], list[list[Scored]]]], total: int) -> None:
+    with show_progress(f"mine: {name}", total) as advance, write_run(path) as add:
+        for ids, ranked in blocks:
+            add(ids, ranked)
+            advance(len(ids))

@@ -1,0 +1,170 @@
+"""Teachers: one contract, `score(queries, candidates)`, whatever is behind it.
+
+A teacher is a cross-encoder, a dual encoder, BM25, or a weighted fusion of such. Its scores need only order the
+candidates of one query; calibration (label.py) finds out what a score is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pairdr.collection import Collection
+from pairdr.config import ModelConfig
+from pairdr.encoder import DualEncoder
+from pairdr.errors import UsageError
+from pairdr.fusion import standardise
+from pairdr.lexical import LexicalIndex
+from pairdr.records import Passage, Query
+
+Scores = npt.NDArray[np.float64]
+
+
+class Teacher(Protocol):
+    """Scores candidates.
+
+    Attributes:
+        name: what the tables call it.
+    """
+
+    name: str
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
+        """Return, per query, one score per candidate; larger is better."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `load_teacher` needs to make it again."""
+
+
+class DualEncoderTeacher:
+    """Inner products of a dual encoder; a passage is encoded once, however many queries it is a candidate of."""
+
+    def __init__(self, encoder: DualEncoder, name: str, source: str) -> None:
+        self.encoder, self.name, self.source = encoder, name, source
+        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
+        """Return the similarities."""
+        missing = {p.passage_id: p for row in candidates for p in row if p.passage_id not in self._vectors}
+        if missing:
+            found = self.encoder.encode_passages(list(missing.values()))
+            self._vectors |= dict(zip(missing, found, strict=True))
+        vectors = self.encoder.encode_queries([query.text for query in queries])  # [Q, D]
+        return [
+            np.array([float(vector @ self._vectors[p.passage_id]) for p in row])
+            for vector, row in zip(vectors, candidates, strict=True)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind and source."""
+        return {"kind": "dual_encoder", "name": self.name, "source": self.source}
+
+
+class LexicalTeacher:
+    """BM25."""
+
+    name = "bm25"
+
+    def __init__(self, collection: Collection, index: LexicalIndex) -> None:
+        self.collection, self.index = collection, index
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
+        """Return BM25 scores."""
+        scored = []
+        for query, row in zip(queries, candidates, strict=True):
+            scores = self.index.score_all(query.text)
+            scored.append(scores[[self.collection.passages.row_of(p.passage_id) for p in row]].astype(np.float64))
+        return scored
+
+    def describe(self) -> dict[str, Any]:
+        """Return the kind."""
+        return {"kind": "bm25"}
+
+
+class CrossEncoderTeacher:
+    """A sentence-transformers CrossEncoder over (query, passage) pairs."""
+
+    def __init__(self, source: str, name: str = "cross-encoder", device: str | None = None) -> None:
+        from sentence_transformers import CrossEncoder
+
+        self.source, self.name = source, name
+        try:
+            self.model = CrossEncoder(source, device=device)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"The cross-encoder {source!r} cannot be loaded.", remedy="Name a folder or a hub name.") from error
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
+        """Return the model's scores, after its own activation."""
+        pairs = [(query.text, p.joined) for query, row in zip(queries, candidates, strict=True) for p in row]
+        if not pairs:
+            return [np.zeros(0) for _ in candidates]
+        flat = np.asarray(self.model.predict(pairs, show_progress_bar=False), dtype=np.float64)
+        if flat.ndim != 1:
+            raise UsageError(f"The cross-encoder {self.source!r} gives {flat.shape[1]} scores a pair, not one.",
+                             remedy="Use one with num_labels = 1.")
+        return list(np.split(flat, np.cumsum([len(row) for row in candidates])[:-1]))
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind and source."""
+        return {"kind": "cross_encoder", "name": self.name, "source": self.source}
+
+
+class FusionTeacher:
+    """A weighted sum of standardised scores of other teachers."""
+
+    def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
+        self.members, self.weights = list(members), tuple(weights)
+        self.name = " + ".join(f"{w:g} {m.name}" for m, w in zip(members, weights, strict=True) if w > 0)
+
+    def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
+        """Return the fused scores; each member's are standardised within a query's candidates."""
+        used = [(m, w) for m, w in zip(self.members, self.weights, strict=True) if w > 0]
+        per_member = [(member.score(queries, candidates), weight) for member, weight in used]
+        return [
+            np.asarray(sum(weight * standardise(scores[row]) for scores, weight in per_member))
+            for row in range(len(candidates))
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """Return members and weights."""
+        return {"kind": "fusion", "members": [m.describe() for m in self.members], "weights": list(self.weights)}
+
+
+def load_teacher(
+    recipe: dict[str, Any], folder: str | Path, collection: Collection, index: LexicalIndex, model: ModelConfig
+) -> Teacher:
+    """Make a teacher again from its description.
+
+    Args:
+        recipe: what `describe` gave; sources are hub names, or paths relative to `folder`.
+        folder: where the description was saved.
+        collection: the data that BM25 scores.
+        index: BM25.
+        model: lengths and prefixes of a dual encoder that pairdr did not save.
+
+    Raises:
+        UsageError: a kind that this version does not know.
+    """
+    kind = recipe.get("kind")
+    if kind == "bm25":
+        return LexicalTeacher(collection, index)
+    if kind == "fusion":
+        return FusionTeacher([load_teacher(m, folder, collection, index, model) for m in recipe["members"]], recipe["weights"])
+    local = (Path(folder) / str(recipe.get("source"))).resolve()
+    source = str(local) if local.exists() else str(recipe.get("source"))
+    if kind == "cross_encoder":
+        return CrossEncoderTeacher(source, recipe["name"], model.device)
+    if kind == "dual_encoder":
+        return DualEncoderTeacher(load_dual_encoder(source, model), recipe["name"], recipe["source"])
+    raise UsageError(f"Unknown kind of teacher {kind!r}.", path=folder, remedy="Run pairdr teach again.")
+
+
+def load_dual_encoder(source: str, model: ModelConfig) -> DualEncoder:
+    """Load a dual encoder, whole, with the lengths and the title form of the student."""
+    from dataclasses import replace
+
+    return DualEncoder.load(replace(model, start=source, layers=None))
