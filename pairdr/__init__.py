@@ -1,3 +1,59 @@
-"""pairdr: dense passage retrievers trained, evaluated, indexed and served the PAIR way."""
+"""pairdr: dense passage retrievers trained, evaluated, indexed and served the PAIR way.
+
+Every name below is imported when it is first used, so that `import pairdr` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Collection": "collection",
+    "DataConfig": "config",
+    "DualEncoder": "encoder",
+    "EncodeConfig": "config",
+    "EvaluateConfig": "config",
+    "LabelConfig": "config",
+    "LexicalConfig": "config",
+    "MineConfig": "config",
+    "ModelConfig": "config",
+    "PairLoss": "losses",
+    "PairdrError": "errors",
+    "RunConfig": "config",
+    "SearchConfig": "config",
+    "Searcher": "search",
+    "TeachConfig": "config",
+    "TrainConfig": "config",
+    "VectorStore": "vectors",
+    "check_collection": "check",
+    "choose_teacher": "teach",
+    "encode_corpus": "encode",
+    "evaluate_run": "evaluate",
+    "index_words": "lexical",
+    "label_examples": "label",
+    "mine_candidates": "mine",
+    "open_collection": "collection",
+    "pair_loss": "losses",
+    "passage_centric_loss": "losses",
+    "plan_run": "pipeline",
+    "query_centric_loss": "losses",
+    "read_run": "formats",
+    "run_pipeline": "pipeline",
+    "train_model": "train",
+}
+__all__ = [  # noqa: PLE0604
+    *sorted(_HOME)
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'pairdr' has no attribute {name!r}")
+    return getattr(import_module(f"pairdr.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted(_HOME)

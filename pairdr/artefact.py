@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,10 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pairdr.errors import ArtefactError
+from pairdr.errors import ArtefactError, PairdrError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -119,27 +121,26 @@ def publish(
     staging = folder.parent / f".{folder.name}.{key if resume else 'new'}.partial"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for stale in folder.parent.glob(f".{folder.name}.*.partial"):
+        _recover(folder)
+        for stale in _find_partials(folder):
             if not (resume and stale == staging):
-                shutil.rmtree(stale)
+                _discard(stale)
         staging.mkdir(exist_ok=resume)
         work = Staging(staging)
         yield work
         _seal(staging, kind, dict(options), dict(inputs), work.facts)
         _swap(staging, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
+    except BaseException as error:
         if not resume:
             shutil.rmtree(staging, ignore_errors=True)
+        _recover(folder)
+        reason = _explain_failed_write(error)
+        if reason is None:
+            raise
         raise ArtefactError(
-            f"Writing failed: {error.strerror}.", path=folder, remedy="Free some space or choose another place; "
+            f"Writing failed: {reason}.", path=folder, remedy="Free some space or choose another place; "
             "what was there before is untouched."
         ) from error
-    except BaseException:
-        if not resume:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
@@ -150,14 +151,18 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST
+    _recover(folder)
     if not path.is_file():
         raise ArtefactError(
             f"No {kind or 'artefact'} here: {MANIFEST} is missing.", path=folder, remedy="Run the stage that makes it."
         )
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ArtefactError("The manifest cannot be read.", path=path, remedy="Delete the folder and run its stage again.") from error
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.files.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtefactError(
+            "The manifest cannot be read.", path=path, remedy="Delete the folder and run its stage again."
+        ) from error
     if kind is not None and manifest.kind != kind:
         raise ArtefactError(f"This folder holds {manifest.kind!r}, not {kind!r}.", path=folder, remedy="Name the right folder.")
     if manifest.format_version != FORMAT_VERSION:
@@ -165,11 +170,11 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
             f"Format version {manifest.format_version} is not the {FORMAT_VERSION} that this pairdr reads.",
             path=folder, remedy="Run its stage again.",
         )
-    for name, entry in manifest.files.items():
+    for name, (size, _) in expected.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != entry["bytes"]:
+        if found != size:
             raise ArtefactError(
-                f"{name} is missing." if found is None else f"{name} has {found} bytes, the manifest says {entry['bytes']}.",
+                f"{name} is missing." if found is None else f"{name} has {found} bytes, the manifest says {size}.",
                 path=folder, remedy="Delete the folder and run its stage again.",
             )
     return manifest
@@ -208,17 +213,53 @@ def _seal(staging: Path, kind: str, options: dict[str, Any], inputs: dict[str, s
 
 
 def _swap(staging: Path, folder: Path) -> None:
+    retired = _retired(folder)
+    while staging.exists():
+        if folder.exists():
+            folder.rename(retired)
+        try:
+            staging.rename(folder)
+        except OSError:
+            # A reader has put the earlier one back in between: once more.
+            if not folder.exists():
+                raise
+    _sync_directory(folder.parent)
+    _discard(retired)
+
+
+def _recover(folder: Path) -> None:
+    """Put the earlier artefact back where a process was killed between the two renames of `_swap`."""
+    if not folder.exists() and (_retired(folder) / MANIFEST).is_file():
+        with contextlib.suppress(OSError):
+            _retired(folder).rename(folder)
+
+
+def _retired(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.old.partial"
+
+
+def _find_partials(folder: Path) -> list[Path]:
+    name = re.compile(rf"\.{re.escape(folder.name)}\.(new|old|[0-9a-f]{{16}})\.partial")
+    return [path for path in folder.parent.iterdir() if name.fullmatch(path.name)]
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder, manifest first, so that one half deleted is never taken for an artefact."""
     if folder.exists():
-        retired = folder.parent / f".{folder.name}.old.partial"
-        if retired.exists():
-            shutil.rmtree(retired)
-        os.rename(folder, retired)
-        os.rename(staging, folder)
-        _sync_directory(folder.parent)
-        shutil.rmtree(retired)
-    else:
-        os.rename(staging, folder)
-        _sync_directory(folder.parent)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def _explain_failed_write(error: BaseException) -> str | None:
+    """Return what the disk said, or None for an error that is not the disk's.
+
+    On a full disk numpy raises an OSError without errno, and safetensors an error of its own.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return os.strerror(error.errno)
+    if isinstance(error, PairdrError) or not re.search(r"No space left on device|requested and \d+ written", str(error)):
+        return None
+    return os.strerror(errno.ENOSPC)
 
 
 def _sync_directory(path: Path) -> None:

@@ -41,6 +41,11 @@ def normalise_text(text: str) -> str:
     return _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).lower()).strip()
 
 
+def hash_text(text: str) -> np.uint64:
+    """Return a 64-bit hash, the same on every machine."""
+    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+
+
 class TextTable:
     """A memory-mapped table of texts with an id each.
 
@@ -71,7 +76,7 @@ class TextTable:
 
     def find_row(self, text_id: str) -> int | None:
         """Return the row of an id, or None."""
-        key = _hash_id(text_id)
+        key = hash_text(text_id)
         place = int(np.searchsorted(self._hashes, key))
         while place < len(self._hashes) and self._hashes[place] == key:
             row = int(self._rows[place])
@@ -102,7 +107,9 @@ class Collection:
     """A data set that stages read. Made by `open_collection`.
 
     Attributes:
-        name: the folder's name.
+        folder: the converted tables in the cache.
+        source: the user's folder.
+        name: the source's name.
         passages: the corpus.
         queries: all questions, those of the unlabelled files among them.
         fingerprint: hash of the content and of the options that decide splits and pool.
@@ -111,9 +118,9 @@ class Collection:
         removed: reason to number of queries kept out of training and pool.
     """
 
-    def __init__(self, folder: Path, name: str, config: DataConfig) -> None:
+    def __init__(self, folder: Path, source: Path, config: DataConfig) -> None:
         manifest = read_manifest(folder, "collection")
-        self.folder, self.name, self.config = folder, name, config
+        self.folder, self.source, self.name, self.config = folder, source, source.resolve().name, config
         self.passages, self.queries = TextTable(folder, "passages"), TextTable(folder, "queries")
         kept = {key: value for key, value in config.as_dict().items() if key != "unlabelled"}
         self.fingerprint = hash_json([manifest.fingerprint, kept])
@@ -135,6 +142,11 @@ class Collection:
             raise DataError(f"The split {split!r} has no labels.", path=self.folder if split not in SPLITS else self.name,
                             remedy=f"Add qrels/{split}.tsv with at least one line.")
         return self._qrels[split]
+
+    def labels(self, split: str) -> Qrels:
+        """Return the labels of a split as the folder has them: nothing hidden, made or removed; empty if absent."""
+        path = self.folder / "qrels" / f"{split}.tsv"
+        return read_qrels(path) if path.is_file() else {}
 
     def query(self, query_id: str) -> Query:
         """Return a question by its id."""
@@ -218,7 +230,7 @@ def open_collection(source: str | Path, config: DataConfig | None = None, *, str
     except ArtefactError:
         with publish(place, "collection", options={"stamp": stamp}, inputs={}) as staging:
             _convert(inputs, staging)
-    collection = Collection(place, folder.resolve().name, config)
+    collection = Collection(place, folder, config)
     if strict:
         problem = next(iter(find_problems(collection)), None)
         if problem is not None:
@@ -240,7 +252,7 @@ def find_problems(collection: Collection) -> Iterator[str]:
 
 def find_orphans(collection: Collection, split: str, column: str) -> list[str]:
     """Return the ids that a split's labels name and the data does not have."""
-    qrels = read_qrels(collection.folder / "qrels" / f"{split}.tsv")
+    qrels = collection.labels(split)
     if column == "query":
         return [query_id for query_id in qrels if query_id not in collection.queries]
     named = dict.fromkeys(passage_id for judged in qrels.values() for passage_id in judged)
@@ -319,7 +331,7 @@ def _write_table(folder: Path, name: str, columns: tuple[str, ...], rows: Iterab
 def _in_blocks(rows: Iterable[list[str]], flush: Callable[[list[list[str]]], None], hashes: list[np.uint64]) -> None:
     block: list[list[str]] = []
     for row in rows:
-        hashes.append(_hash_id(row[0]))
+        hashes.append(hash_text(row[0]))
         block.append(row)
         if len(block) == BLOCK:
             flush(block)
@@ -332,10 +344,6 @@ def _find_duplicates(ids: pa.ChunkedArray, keys: npt.NDArray[np.uint64], order: 
     same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     pairs = ((str(ids[int(order[i])]), str(ids[int(order[i + 1])])) for i in same)
     return sorted({first for first, second in pairs if first == second})
-
-
-def _hash_id(text_id: str) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.blake2b(text_id.encode(), digest_size=8).digest(), "little"))
 
 
 def _sample(qrels: Qrels, count: int, seed: int) -> list[str]:

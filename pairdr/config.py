@@ -237,6 +237,7 @@ class RunConfig(Options):
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    arms: tuple[str, ...] = option(("pair",), "Models to train: pair, labelled_only, query_centric, or all.")
 
 
 def change_options(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
@@ -251,10 +252,10 @@ def change_options(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) 
     """
     sections: dict[str, Any] = {}
     for name, values in changes.items():
-        known = [spec.name for spec in fields(config)]
-        if name not in known:
+        section = getattr(config, name, None)
+        if not isinstance(section, Options) or not isinstance(values, Mapping):
+            known = [spec.name for spec in fields(config) if isinstance(getattr(config, spec.name), Options)]
             raise UsageError(f"Unknown section [{name}].", remedy=f"There are: {', '.join(known)}.")
-        section = getattr(config, name)
         options = {spec.name: spec for spec in fields(section)}
         unknown = next((key for key in values if key not in options), None)
         if unknown is not None:

@@ -224,6 +224,14 @@ class DualEncoder:
         return vectors
 
 
+def is_retriever(config: ModelConfig) -> bool:
+    """Return whether a start model has been tuned for similarity: a sentence-transformers folder, or one of ours."""
+    name = find_minilm() if config.start == "minilm" else config.start
+    if (Path(name) / MANIFEST).is_file():
+        return bool(read_manifest(name, "model").facts["is_retriever"])
+    return _is_sentence_transformer(name)
+
+
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Return groups of places, by length, of at most so many padded tokens each (one long text may exceed it)."""
     groups: list[list[int]] = []

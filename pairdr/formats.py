@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +53,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(
             f"Not UTF-8 (byte 0x{error.object[error.start]:02x}).", path=path, line=number, remedy="Save it as UTF-8."
         ) from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
             "The gzip file is broken or cut off.", path=path, line=number + 1, remedy="Copy it again."
         ) from error
@@ -66,7 +68,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, text in read_lines(path):
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"Broken JSON: {error}.", path=path, line=number, remedy="Mend or remove the line."
             ) from error
@@ -104,35 +106,43 @@ def read_unlabelled(path: Path) -> Iterator[tuple[int, str, str]]:
             text = value.get("text")
             if not isinstance(text, str):
                 raise DataError('"text" is missing or is no string.', path=path, line=number, remedy="Add it.")
-            yield number, str(value.get("_id", f"{path.name}:{number}")), _require_clean(text, "text", path, number)
+            query_id = value.get("_id", f"{path.name}:{number}")
+            if type(query_id) not in (int, str) or not str(query_id).strip():
+                raise DataError('"_id" is no string.', path=path, line=number, remedy="Mend it or leave it out.")
+            query_id = _require_clean(str(query_id), "_id", path, number)
+            yield number, query_id, _require_clean(text, "text", path, number)
     else:
         for number, text in read_lines(path):
             yield number, f"{path.name}:{number}", _require_clean(text.strip(), "text", path, number)
 
 
 def read_qrels(path: Path) -> Qrels:
-    """Read relevance labels: BEIR's three columns with a header, or TREC's four (query 0 passage relevance).
+    """Read relevance labels: BEIR's three columns, TREC's four (query 0 passage relevance), or two, all relevant.
+
+    A first line that names the columns is passed over.
 
     Raises:
-        DataError: a line with another number of columns, or a relevance that is no whole number.
+        DataError: a line with another number of columns than the first, or a relevance that is no whole number.
     """
     return {query_id: dict(judged) for query_id, judged in _group(read_qrels_lines(path)).items()}
 
 
 def read_qrels_lines(path: Path) -> Iterator[tuple[int, str, str, int]]:
     """Yield (line number, query id, passage id, relevance) of a qrels file."""
+    columns = 0
     for number, text in read_lines(path):
         parts = text.split("\t") if "\t" in text else text.split()
-        if number == 1 and parts[-1].strip() in ("score", "relevance", "rel"):
+        if number == 1 and parts[-1].strip() in ("score", "relevance", "rel", "corpus-id"):
             continue
-        if len(parts) == 4:
-            del parts[1]
+        columns = columns or len(parts)
         try:
-            query_id, passage_id, relevance = parts
+            if len(parts) != columns or columns > 4:
+                raise ValueError(f"{len(parts)} columns")
+            query_id, passage_id, relevance = [*parts, "1"] if columns == 2 else [parts[0], *parts[columns - 2 :]]
             yield number, query_id, passage_id, int(relevance)
         except ValueError as error:
             raise DataError(
-                "Not a qrels line: expected 'query-id<TAB>corpus-id<TAB>score', score a whole number.",
+                "Not a qrels line: expected 'query-id<TAB>corpus-id<TAB>score', score a whole number, on every line.",
                 path=path, line=number, remedy="Mend or remove the line.",
             ) from error
 
@@ -153,18 +163,24 @@ def read_run(path: Path) -> Run:
     TREC runs are ordered by (-score, passage id) whatever their rank column says.
 
     Raises:
+        UsageError: there is no such file.
         DataError: a broken line, or a passage that stands twice under one query.
     """
-    if path.suffix == ".arrow":
+    if path.suffix == ".arrow" and path.is_file():
         try:
-            return Run.open(path)
+            run = Run.open(path)
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise DataError("Not a run in Arrow form.", path=path, remedy="Make it again.") from error
+        if run.table.schema != RUN_SCHEMA:
+            raise DataError("These are other columns than a run has.", path=path, remedy="Make it again.")
+        return run
     ranked: dict[str, dict[str, float]] = {}
     for number, text in read_lines(path):
         try:
             query_id, _, passage_id, _, score, _ = text.split()
             value = float(score)
+            if math.isnan(value):
+                raise ValueError("no number")
         except ValueError as error:
             raise DataError(
                 "Not a TREC run line: expected 'query Q0 passage rank score tag'.",

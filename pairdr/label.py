@@ -59,7 +59,7 @@ class Calibration:
 
 def label_examples(
     collection: Collection, candidates: Candidates, teacher: Teacher | None, config: LabelConfig, output: str | Path,
-    *, teacher_fingerprint: str = "",
+    *, teacher_fingerprint: str = "", note: str = "",
 ) -> dict[str, Any]:
     """Write the examples that training reads, with the teacher's scores.
 
@@ -70,6 +70,7 @@ def label_examples(
         config: thresholds, depth, negatives per query.
         output: the folder of the examples.
         teacher_fingerprint: kept in the manifest.
+        note: why there is no teacher.
 
     Returns:
         Counts, thresholds, yield, and the measured precision on hidden labels.
@@ -83,7 +84,7 @@ def label_examples(
         counts: Counter[str] = Counter()
         facts["plain"] = write_examples(staging.path / "plain.arrow", _label_plainly(collection, candidates, config))
         if teacher is None:
-            facts |= {"teacher": None, "labelled": facts["plain"], "pseudo": 0}
+            facts |= {"teacher": None, "note": note, "labelled": facts["plain"], "pseudo": 0}
             write_examples(staging.path / "labelled.arrow", _label_plainly(collection, candidates, config))
             write_examples(staging.path / "pseudo.arrow", [])
             return dict(facts)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pairdr.artefact import publish, read_manifest
+from pairdr.artefact import hash_file, publish, read_manifest
 from pairdr.collection import Collection, normalise_text
 from pairdr.config import MineConfig, SearchConfig
 from pairdr.errors import DataError
-from pairdr.formats import write_run
+from pairdr.formats import read_run, write_run
 from pairdr.lexical import LexicalIndex
 from pairdr.progress import show_progress
 from pairdr.records import Query, Run, Scored, positives_of
@@ -33,6 +34,7 @@ GRAM = 5
 """Words per gram when near copies are compared."""
 
 
+@dataclass(frozen=True)
 class Candidates:
     """What mining found.
 
@@ -43,11 +45,10 @@ class Candidates:
         fingerprint: of the content.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.fingerprint = read_manifest(folder, "candidates").fingerprint
-        self.student, self.bm25, self.negatives = (
-            Run.open(Path(folder) / f"{name}.arrow") for name in ("student", "bm25", "negatives")
-        )
+    student: Run
+    bm25: Run
+    negatives: Run
+    fingerprint: str
 
 
 def mine_candidates(
@@ -93,7 +94,30 @@ def mine_candidates(
             "labelled": len(collection.qrels("train")), "pool": len(collection.pool),
             "depth": config.depth, "negatives": dict(counts),
         }
-    return Candidates(output)
+    return read_candidates(output)
+
+
+def read_candidates(folder: str | Path) -> Candidates:
+    """Memory-map what `mine_candidates` wrote."""
+    fingerprint = read_manifest(folder, "candidates").fingerprint
+    runs = (Run.open(Path(folder) / f"{name}.arrow") for name in ("student", "bm25", "negatives"))
+    return Candidates(*runs, fingerprint)
+
+
+def open_candidates(path: str | Path, collection: Collection) -> Candidates:
+    """Open what `mine` wrote, or take a run of another tool, such as Lucene's, as the student's candidates.
+
+    Of such a run every candidate of a labelled query that is no known positive counts as a negative.
+    """
+    if Path(path).is_dir():
+        return read_candidates(path)
+    run = read_run(Path(path))
+    train = collection.qrels("train")
+    negatives = Run.from_mapping({
+        query_id: [hit for hit in run[query_id] if hit.passage_id not in positives_of(train, query_id)]
+        for query_id in train if query_id in run
+    })
+    return Candidates(run, run, negatives, hash_file(Path(path)))
 
 
 def choose_negatives(

@@ -68,7 +68,7 @@ class TeachResult:
         return self.teacher is not None
 
 
-def teach(
+def choose_teacher(
     collection: Collection,
     student: DualEncoder,
     student_folder: str | Path,

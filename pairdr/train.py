@@ -91,7 +91,7 @@ class Sums:
         return means
 
 
-def train(
+def train_model(
     collection: Collection,
     examples: str | Path,
     start: str | Path,

@@ -1,0 +1,110 @@
+"""The table at the end of a run: every system on the same queries, with PAIR tested against each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pairdr.artefact import publish, read_manifest, write_json
+from pairdr.config import EvaluateConfig
+from pairdr.measures import PerQuery, compute_p_value, mean_measures, measure_run
+from pairdr.records import Qrels, Run
+
+TITLES = {
+    "bm25": "BM25",
+    "start": "start, as trained from",
+    "whole": "whole model, untrained",
+    "labelled_only": "labelled only",
+    "query_centric": "query-centric, same data",
+    "pair": "PAIR",
+    "pair_bm25": "PAIR + BM25",
+}
+MAIN = "pair"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system: its means, and the p-value of PAIR (or, for the fusion, of BM25) against it."""
+
+    system: str
+    means: dict[str, float]
+    p_pair: float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows, the number of queries behind them, and what has to be said beside them."""
+
+    split: str
+    queries: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    p_fused_bm25: float | None
+
+    def format(self) -> str:
+        """Return the table as plain text."""
+        names = list(self.rows[0].means)
+        head = f"{'':26}" + "".join(f"{name:>10}" for name in names) + f"{'p (PAIR)':>12}"
+        lines = [head, "-" * len(head)]
+        for row in self.rows:
+            cells = "".join(f"{row.means[name]:10.4f}" for name in names)
+            lines.append(f"{TITLES[row.system]:26}{cells}{_p(row.p_pair):>12}")
+        lines.append("")
+        lines.append(f"{self.queries} {self.split} queries; p: two-sided paired randomisation test of {names[0]}, PAIR against the row.")
+        if self.p_fused_bm25 is not None:
+            lines.append(f"PAIR + BM25 against BM25: p = {_p(self.p_fused_bm25)}.")
+        return "\n".join([*lines, *self.notes])
+
+
+def compare_systems(
+    runs: Mapping[str, Run], qrels: Qrels, split: str, config: EvaluateConfig, notes: tuple[str, ...], output: str | Path,
+    *, inputs: dict[str, str],
+) -> Table:
+    """Measure all systems, test PAIR against each, and publish the table with the values per query.
+
+    Args:
+        runs: system to run; "pair" is among them.
+        qrels: labels.
+        split: their name.
+        config: measures; the first one is tested.
+        notes: sentences to print below the table.
+        output: the folder of the report.
+        inputs: fingerprints to keep.
+    """
+    values = {system: measure_run(run, qrels, config.measures) for system, run in runs.items()}
+    first = config.measures[0]
+
+    def test(one: str, other: str) -> float:
+        return compute_p_value(values[one][first], values[other][first], resamples=config.resamples, seed=config.test_seed)
+
+    rows = tuple(
+        Row(system, mean_measures(values[system]), None if system == MAIN else test(MAIN, system))
+        for system in TITLES if system in values
+    )
+    fused = test("pair_bm25", "bm25") if "pair_bm25" in values else None
+    table = Table(split, len(values[MAIN][first]), rows, notes, fused)
+    with publish(output, "report", options=config.as_dict(), inputs=inputs) as staging:
+        write_json(staging.path / "table.json", asdict(table))
+        (staging.path / "table.txt").write_text(table.format() + "\n", encoding="utf-8")
+        for system, by_query in values.items():
+            _write_values(staging.path / f"{system}.json", by_query)
+    return table
+
+
+def read_table(folder: str | Path) -> Table:
+    """Read a published table."""
+    read_manifest(folder, "report")
+    facts: dict[str, Any] = json.loads((Path(folder) / "table.json").read_text(encoding="utf-8"))
+    rows = tuple(Row(**row) for row in facts.pop("rows"))
+    return Table(rows=rows, notes=tuple(facts.pop("notes")), **facts)
+
+
+def _write_values(path: Path, values: PerQuery) -> None:
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,106 @@
+"""A work folder: where each artefact stands, what is already done, and the open parts that steps share."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pairdr.artefact import FORMAT_VERSION, hash_json, read_manifest, replace_file
+from pairdr.collection import Collection
+from pairdr.config import RunConfig
+from pairdr.encoder import DualEncoder
+from pairdr.errors import ArtefactError
+from pairdr.formats import read_run
+from pairdr.lexical import LexicalIndex
+from pairdr.mine import Candidates, read_candidates
+from pairdr.records import Run
+from pairdr.vectors import VectorStore
+
+STATE = "state.json"
+
+
+class Work:
+    """The folder that `pairdr run` fills.
+
+    Attributes:
+        folder: the work folder.
+        collection: the data.
+        config: all options.
+    """
+
+    def __init__(self, folder: str | Path, collection: Collection, config: RunConfig) -> None:
+        self.folder, self.collection, self.config = Path(folder), collection, config
+        self._encoders: dict[str, DualEncoder] = {}
+
+    def path(self, *parts: str) -> Path:
+        """Return a place in the folder."""
+        return self.folder.joinpath(*parts)
+
+    def encoder(self, name: str) -> DualEncoder:
+        """Return a model of `models/`; the last one that was asked for stays open."""
+        if name not in self._encoders:
+            self._encoders = {name: DualEncoder.open(self.path("models", name), device=self.config.model.device)}
+        return self._encoders[name]
+
+    def store(self, name: str) -> VectorStore:
+        """Return the vectors of a model."""
+        return VectorStore(self.path("vectors", name))
+
+    @cached_property
+    def index(self) -> LexicalIndex:
+        """Return BM25."""
+        return LexicalIndex(self.path("bm25"))
+
+    @property
+    def candidates(self) -> Candidates:
+        """Return what mining found."""
+        return read_candidates(self.path("candidates"))
+
+    def run(self, split: str, system: str) -> Run:
+        """Return a run."""
+        return read_run(self.path("runs", split, system, "run.arrow"))
+
+    def forget(self) -> None:
+        """Close what is open, so that a step's new artefact is read anew."""
+        self._encoders = {}
+        self.__dict__.pop("index", None)
+
+    def key(self, name: str, options: Any, inputs: dict[str, str]) -> str:
+        """Return what decides whether a step is up to date: options, input fingerprints, format version."""
+        return hash_json([name, options, inputs, FORMAT_VERSION])
+
+    def fingerprint(self, name: str, output: Path, key: str) -> str | None:
+        """Return the fingerprint of a finished step's artefact, or None if it has to run."""
+        record = self._state().get(name)
+        if record is None or record["key"] != key:
+            return None
+        try:
+            found = read_manifest(output).fingerprint
+        except ArtefactError:
+            return None
+        return found if found == record["fingerprint"] else None
+
+    def record(self, name: str, output: Path, key: str, seconds: float) -> str:
+        """Note that a step is done and return its artefact's fingerprint."""
+        fingerprint = read_manifest(output).fingerprint
+        state = self._state()
+        state[name] = {"key": key, "fingerprint": fingerprint, "seconds": round(seconds, 1), "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+        replace_file(self.path(STATE), json.dumps(state, indent=1) + "\n")
+        return fingerprint
+
+    def seconds(self) -> dict[str, float]:
+        """Return the time that each finished step took."""
+        return {name: float(record["seconds"]) for name, record in self._state().items()}
+
+    def _state(self) -> dict[str, Any]:
+        path = self.path(STATE)
+        if not path.is_file():
+            return {}
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtefactError("The record of finished steps cannot be read.", path=path, remedy="Delete it; all steps run again.") from error
+        return state

@@ -1,0 +1,339 @@
+"""Artefacts: whole or absent, equal content gives equal fingerprints, and damage is named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from pairdr.artefact import FORMAT_VERSION, MANIFEST, hash_file, publish, read_manifest, verify_artefact
+from pairdr.artefact import replace_file as replace_small_file
+from pairdr.errors import ArtefactError, PairdrError
+
+
+def write_thing(folder: Path, text: str = "content", *, kind: str = "thing", options: dict | None = None) -> Path:
+    with publish(folder, kind, options=options or {}, inputs={}) as staging:
+        (staging.path / "part").mkdir()
+        (staging.path / "part" / "a.txt").write_text(text, encoding="utf-8")
+        (staging.path / "b.txt").write_text("b", encoding="utf-8")
+    return folder
+
+
+def read_thing(folder: Path) -> str:
+    """Read the content through the manifest, as a stage does."""
+    verify_artefact(folder)
+    return (folder / "part" / "a.txt").read_text(encoding="utf-8")
+
+
+def change_manifest(folder: Path, **changes: object) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def run_child(program: str, folder: Path) -> int:
+    """Run a program that publishes "new" into the folder in a process of its own; return its exit status."""
+    head = "import os, signal, sys\nfrom pathlib import Path\nimport pairdr.artefact as artefact\n"
+    die = "def die(*rest):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    arguments = [sys.executable, "-c", head + die + dedent(program), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.run(arguments, env=environment, check=False, capture_output=True).returncode
+
+
+def test_a_manifest_names_every_file_with_size_and_hash(tmp_path: Path) -> None:
+    with publish(tmp_path / "x", "thing", options={"k": 3}, inputs={"data": "abc"}) as staging:
+        (staging.path / "a.txt").write_text("four", encoding="utf-8")
+        staging.facts["count"] = 1
+    manifest = read_manifest(tmp_path / "x", "thing")
+    assert manifest.files == {"a.txt": {"sha256": hash_file(tmp_path / "x" / "a.txt"), "bytes": 4}}
+    assert (manifest.options, manifest.inputs, manifest.facts) == ({"k": 3}, {"data": "abc"}, {"count": 1})
+
+
+def test_nothing_stands_at_its_place_before_the_block_has_ended(tmp_path: Path) -> None:
+    with publish(tmp_path / "x", "thing", options={}, inputs={}) as staging:
+        (staging.path / "a.txt").write_text("a", encoding="utf-8")
+        assert not (tmp_path / "x").exists()
+    assert (tmp_path / "x" / "a.txt").is_file()
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
+def test_an_exception_leaves_the_old_one_and_no_trace(tmp_path: Path, error: BaseException) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    with pytest.raises(type(error)), publish(folder, "thing", options={}, inputs={}) as staging:
+        (staging.path / "a.txt").write_text("half", encoding="utf-8")
+        raise error
+    assert read_thing(folder) == "old"
+    assert names_in(tmp_path) == ["x"]
+
+
+def test_a_new_one_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    with publish(folder, "thing", options={}, inputs={}) as staging:
+        (staging.path / "other.txt").write_text("new", encoding="utf-8")
+    assert names_in(folder) == [MANIFEST, "other.txt"]
+    assert names_in(tmp_path) == ["x"]
+
+
+def test_equal_content_has_an_equal_fingerprint_whatever_the_options(tmp_path: Path) -> None:
+    first = read_manifest(write_thing(tmp_path / "x", options={"seed": 1}))
+    second = read_manifest(write_thing(tmp_path / "y", options={"seed": 2}))
+    assert first.fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize("change", [{"text": "other content"}, {"kind": "other kind"}])
+def test_other_content_or_kind_has_another_fingerprint(tmp_path: Path, change: dict[str, str]) -> None:
+    first = read_manifest(write_thing(tmp_path / "x"))
+    assert read_manifest(write_thing(tmp_path / "y", **change)).fingerprint != first.fingerprint
+
+
+def test_verify_names_the_file_with_a_flipped_byte(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x", "content")
+    (folder / "part" / "a.txt").write_text("cantent", encoding="utf-8")
+    read_manifest(folder)  # the sizes are right
+    with pytest.raises(ArtefactError, match=r"part/a\.txt is not the file that was written"):
+        verify_artefact(folder)
+
+
+def test_a_cut_file_is_named_with_both_sizes(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x", "content")
+    os.truncate(folder / "part" / "a.txt", 3)
+    with pytest.raises(ArtefactError, match=r"part/a\.txt has 3 bytes, the manifest says 7"):
+        read_manifest(folder)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x")
+    (folder / "b.txt").unlink()
+    with pytest.raises(ArtefactError, match=r"b\.txt is missing"):
+        read_manifest(folder)
+
+
+def test_another_kind_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x", kind="vectors")
+    with pytest.raises(ArtefactError, match="holds 'vectors', not 'model'"):
+        read_manifest(folder, "model")
+
+
+@pytest.mark.parametrize("folder", ["absent", "."])
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(ArtefactError, match="No model here"):
+        read_manifest(tmp_path / folder, "model")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "thing"}', '{"a": 1}'])
+def test_a_broken_manifest_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
+    folder = write_thing(tmp_path / "x")
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(ArtefactError, match=f"{MANIFEST}: The manifest cannot be read"):
+        read_manifest(folder)
+
+
+def test_a_manifest_with_a_broken_list_of_files_is_refused(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x")
+    change_manifest(folder, files={"b.txt": {}})
+    with pytest.raises(ArtefactError, match="The manifest cannot be read"):
+        read_manifest(folder)
+
+
+def test_another_format_version_is_refused(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x")
+    change_manifest(folder, format_version=FORMAT_VERSION + 1)
+    with pytest.raises(ArtefactError, match=f"Format version {FORMAT_VERSION + 1} is not the {FORMAT_VERSION}"):
+        read_manifest(folder)
+
+
+DISK_FULL = {
+    "plain": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "numpy": OSError("1000000 requested and 262112 written"),
+    "safetensors": RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("writer", DISK_FULL)
+def test_a_full_disk_is_an_artefact_error_and_the_old_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, resume: bool
+) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+
+    def fail(*_: object, **__: object) -> None:
+        raise DISK_FULL[writer]
+
+    with (
+        pytest.raises(ArtefactError, match="No space left on device") as caught,
+        publish(folder, "thing", options={}, inputs={}, resume=resume) as staging,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(Path, "write_text", fail)
+        (staging.path / "a.txt").write_text("new")
+    assert str(folder) in str(caught.value)
+    assert "untouched" in str(caught.value)
+    assert read_thing(folder) == "old"
+
+
+def test_a_disk_that_fills_while_the_manifest_is_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+
+    def fail(*_: object) -> None:
+        raise DISK_FULL["plain"]
+
+    monkeypatch.setattr("pairdr.artefact.write_json", fail)
+    with pytest.raises(ArtefactError, match="No space left on device"):
+        write_thing(folder, "new")
+    assert read_thing(folder) == "old"
+
+
+def test_an_error_of_pairdr_is_never_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(PairdrError) as caught, publish(tmp_path / "x", "thing", options={}, inputs={}):
+        raise PairdrError("The teacher said: No space left on device.")
+    assert type(caught.value) is PairdrError
+
+
+def interrupt(folder: Path, options: dict[str, int]) -> None:
+    """Write one file of a resumable artefact and stop."""
+    with pytest.raises(KeyboardInterrupt), publish(folder, "thing", options=options, inputs={}, resume=True) as staging:
+        (staging.path / "first.txt").write_text("first", encoding="utf-8")
+        raise KeyboardInterrupt
+
+
+def test_resume_takes_up_the_files_of_an_interrupted_call_with_the_same_options(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", {"size": 1})
+    with publish(tmp_path / "x", "thing", options={"size": 1}, inputs={}, resume=True) as staging:
+        assert names_in(staging.path) == ["first.txt"]
+    assert (tmp_path / "x" / "first.txt").read_text(encoding="utf-8") == "first"
+
+
+def test_resume_drops_the_files_of_a_call_with_other_options(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", {"size": 1})
+    with publish(tmp_path / "x", "thing", options={"size": 2}, inputs={}, resume=True) as staging:
+        assert names_in(staging.path) == []
+    assert names_in(tmp_path) == ["x"]
+
+
+def test_resume_drops_the_files_of_a_call_with_other_inputs(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", {"size": 1})
+    with publish(tmp_path / "x", "thing", options={"size": 1}, inputs={"model": "b"}, resume=True) as staging:
+        assert names_in(staging.path) == []
+
+
+def test_a_call_without_resume_starts_from_nothing(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", {"size": 1})
+    with publish(tmp_path / "x", "thing", options={"size": 1}, inputs={}) as staging:
+        assert names_in(staging.path) == []
+
+
+def test_the_unfinished_work_of_a_neighbour_with_a_longer_name_is_left_alone(tmp_path: Path) -> None:
+    interrupt(tmp_path / "pair.v2", {"size": 1})
+    write_thing(tmp_path / "pair")
+    with publish(tmp_path / "pair.v2", "thing", options={"size": 1}, inputs={}, resume=True) as staging:
+        assert names_in(staging.path) == ["first.txt"]
+
+
+def test_a_name_with_brackets_is_published_twice(tmp_path: Path) -> None:
+    interrupt(tmp_path / "run[1]", {"size": 1})
+    write_thing(tmp_path / "run[1]", "old")
+    assert read_thing(write_thing(tmp_path / "run[1]", "new")) == "new"
+    assert names_in(tmp_path) == ["run[1]"]
+
+
+KILLS = {
+    "while files are written": """
+        with artefact.publish(sys.argv[1], "thing", options={}, inputs={}) as staging:
+            (staging.path / "part").mkdir()
+            (staging.path / "part" / "a.txt").write_text("new")
+            die()
+        """,
+    "while the manifest is written": """
+        artefact.write_json = die
+        with artefact.publish(sys.argv[1], "thing", options={}, inputs={}) as staging:
+            (staging.path / "part").mkdir()
+            (staging.path / "part" / "a.txt").write_text("new")
+        """,
+    "before the first rename": """
+        artefact._swap = die
+        with artefact.publish(sys.argv[1], "thing", options={}, inputs={}) as staging:
+            (staging.path / "part").mkdir()
+            (staging.path / "part" / "a.txt").write_text("new")
+        """,
+    "between the two renames": """
+        rename = Path.rename
+        def rename_once(path, target):
+            rename(path, target)
+            die()
+        Path.rename = rename_once
+        with artefact.publish(sys.argv[1], "thing", options={}, inputs={}) as staging:
+            (staging.path / "part").mkdir()
+            (staging.path / "part" / "a.txt").write_text("new")
+        """,
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_kill_leaves_the_old_one_readable(tmp_path: Path, moment: str) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    assert run_child(KILLS[moment], folder) == -signal.SIGKILL
+    assert read_thing(folder) == "old"
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_the_call_after_a_kill_publishes_and_cleans_up(tmp_path: Path, moment: str) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    assert run_child(KILLS[moment], folder) == -signal.SIGKILL
+    assert read_thing(write_thing(folder, "newer")) == "newer"
+    assert names_in(tmp_path) == ["x"]
+
+
+def test_a_kill_while_the_old_one_is_deleted_leaves_the_new_one(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    program = """
+        artefact.shutil.rmtree = die
+        with artefact.publish(sys.argv[1], "thing", options={}, inputs={}) as staging:
+            (staging.path / "part").mkdir()
+            (staging.path / "part" / "a.txt").write_text("new")
+        """
+    assert run_child(program, folder) == -signal.SIGKILL
+    assert read_thing(folder) == "new"
+
+
+def test_the_deleted_rest_of_an_old_one_is_never_brought_back(tmp_path: Path) -> None:
+    test_a_kill_while_the_old_one_is_deleted_leaves_the_new_one(tmp_path)
+    (tmp_path / "x").rename(tmp_path / "moved")
+    with pytest.raises(ArtefactError, match="No thing here"):
+        read_manifest(tmp_path / "x", "thing")
+
+
+def test_a_reader_that_restores_the_old_one_during_the_swap_does_not_stop_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    rename, renamed = Path.rename, []
+
+    def rename_and_read(path: Path, target: Path) -> Path:
+        result = rename(path, target)
+        renamed.append(target)
+        if len(renamed) == 1:
+            assert read_thing(folder) == "old"
+        return result
+
+    monkeypatch.setattr(Path, "rename", rename_and_read)
+    write_thing(folder, "new")
+    assert read_thing(folder) == "new"
+
+
+def test_a_replaced_small_file_keeps_no_temporary_one(tmp_path: Path) -> None:
+    replace_small_file(tmp_path / "work.json", "old")
+    replace_small_file(tmp_path / "work.json", "new")
+    assert (tmp_path / "work.json").read_text(encoding="utf-8") == "new"
+    assert names_in(tmp_path) == ["work.json"]
