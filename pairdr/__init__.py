@@ -42,9 +42,7 @@ _HOME = {
     "run_pipeline": "pipeline",
     "train_model": "train",
 }
-__all__ = [  # noqa: PLE0604
-    *sorted(_HOME)
-]
+__all__ = [*sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

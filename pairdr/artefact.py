@@ -88,8 +88,8 @@ def replace_file(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    Path(name).chmod(0o644)
+    Path(name).replace(path)
 
 
 @contextlib.contextmanager
@@ -138,8 +138,9 @@ def publish(
         if reason is None:
             raise
         raise ArtefactError(
-            f"Writing failed: {reason}.", path=folder, remedy="Free some space or choose another place; "
-            "what was there before is untouched."
+            f"Writing failed: {reason}.",
+            path=folder,
+            remedy="Free some space or choose another place; what was there before is untouched.",
         ) from error
 
 
@@ -164,18 +165,22 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
             "The manifest cannot be read.", path=path, remedy="Delete the folder and run its stage again."
         ) from error
     if kind is not None and manifest.kind != kind:
-        raise ArtefactError(f"This folder holds {manifest.kind!r}, not {kind!r}.", path=folder, remedy="Name the right folder.")
+        raise ArtefactError(
+            f"This folder holds {manifest.kind!r}, not {kind!r}.", path=folder, remedy="Name the right folder."
+        )
     if manifest.format_version != FORMAT_VERSION:
         raise ArtefactError(
             f"Format version {manifest.format_version} is not the {FORMAT_VERSION} that this pairdr reads.",
-            path=folder, remedy="Run its stage again.",
+            path=folder,
+            remedy="Run its stage again.",
         )
     for name, (size, _) in expected.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             raise ArtefactError(
                 f"{name} is missing." if found is None else f"{name} has {found} bytes, the manifest says {size}.",
-                path=folder, remedy="Delete the folder and run its stage again.",
+                path=folder,
+                remedy="Delete the folder and run its stage again.",
             )
     return manifest
 
@@ -191,7 +196,8 @@ def verify_artefact(folder: str | Path) -> Manifest:
         if hash_file(Path(folder) / name) != entry["sha256"]:
             raise ArtefactError(
                 f"{name} is not the file that was written: its sha256 differs.",
-                path=folder, remedy="Delete the folder and run its stage again.",
+                path=folder,
+                remedy="Delete the folder and run its stage again.",
             )
     return manifest
 
@@ -257,7 +263,9 @@ def _explain_failed_write(error: BaseException) -> str | None:
     """
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return os.strerror(error.errno)
-    if isinstance(error, PairdrError) or not re.search(r"No space left on device|requested and \d+ written", str(error)):
+    if isinstance(error, PairdrError) or not re.search(
+        r"No space left on device|requested and \d+ written", str(error)
+    ):
         return None
     return os.strerror(errno.ENOSPC)
 

@@ -58,7 +58,9 @@ def check_collection(collection: Collection, model: ModelConfig, output: str | P
         _count_queries(collection, report)
     _count_cut(collection, model, report)
     if output is not None:
-        with publish(output, "check", options=model.as_dict(), inputs={"collection": collection.fingerprint}) as staging:
+        with publish(
+            output, "check", options=model.as_dict(), inputs={"collection": collection.fingerprint}
+        ) as staging:
             write_json(staging.path / "report.json", vars(report))
             staging.facts |= {"errors": len(report.errors), "warnings": len(report.warnings)}
     return report
@@ -83,8 +85,12 @@ def _count_texts(collection: Collection, report: CheckReport) -> None:
             empty += not text
             hashes.append(hash_text(text))
     copies = len(hashes) - len(np.unique(np.array(hashes, dtype=np.uint64)))
-    report.facts |= {"passages": len(collection.passages), "queries": len(collection.queries),
-                     "empty passages": empty, "passages with the text of another": copies}
+    report.facts |= {
+        "passages": len(collection.passages),
+        "queries": len(collection.queries),
+        "empty passages": empty,
+        "passages with the text of another": copies,
+    }
     if not len(collection.passages):
         report.errors.append("corpus.jsonl has no passage")
     for count, what in ((empty, "passages are empty"), (copies, "passages have the same text as another")):
@@ -108,7 +114,8 @@ def _count_labels(collection: Collection, report: CheckReport) -> None:
         unanswered = [query_id for query_id, count in zip(qrels, counts, strict=True) if not count]
         if unanswered:
             (report.errors if split == "train" else report.warnings).append(
-                f"{len(unanswered)} {split} queries have no label above 0, such as {unanswered[0]!r}")
+                f"{len(unanswered)} {split} queries have no label above 0, such as {unanswered[0]!r}"
+            )
 
 
 def _count_queries(collection: Collection, report: CheckReport) -> None:
@@ -164,7 +171,7 @@ def load_tokenizer(start: str) -> Tokenizer | None:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(name, "tokenizer.json"))
-        except Exception:  # noqa: BLE001 - the hub's client raises many kinds; the report says that it is not known
+        except Exception:
             return None
     if not path.is_file():
         return None

@@ -139,8 +139,11 @@ class Collection:
             DataError: the split has no labels.
         """
         if not self._qrels.get(split):
-            raise DataError(f"The split {split!r} has no labels.", path=self.folder if split not in SPLITS else self.name,
-                            remedy=f"Add qrels/{split}.tsv with at least one line.")
+            raise DataError(
+                f"The split {split!r} has no labels.",
+                path=self.folder if split not in SPLITS else self.name,
+                remedy=f"Add qrels/{split}.tsv with at least one line.",
+            )
         return self._qrels[split]
 
     def labels(self, split: str) -> Qrels:
@@ -196,7 +199,8 @@ class Collection:
             chosen = _sample(train, count, self.config.data_seed)
             self._qrels["dev"] = {query_id: train.pop(query_id) for query_id in chosen}
         leaks = [
-            query_id for query_id in train
+            query_id
+            for query_id in train
             if query_id in self.queries and normalise_text(self.query(query_id).text) in self._held_out_texts
         ]
         self._kept_out = frozenset(leaks)
@@ -244,10 +248,13 @@ def find_problems(collection: Collection) -> Iterator[str]:
         if ids:
             yield f"{len(ids)} {kind} ids occur twice, such as {ids[0]!r}"
     for split in collection.given_splits:
-        for column, table in (("query", collection.queries), ("passage", collection.passages)):
+        for column, file in (("query", "queries"), ("passage", "corpus")):
             orphans = find_orphans(collection, split, column)
             if orphans:
-                yield f"qrels/{split}.tsv names {len(orphans)} {column} ids that {'queries' if table is collection.queries else 'corpus'}.jsonl does not have, such as {orphans[0]!r}"
+                yield (
+                    f"qrels/{split}.tsv names {len(orphans)} {column} ids that {file}.jsonl does not have, "
+                    f"such as {orphans[0]!r}"
+                )
 
 
 def find_orphans(collection: Collection, split: str, column: str) -> list[str]:
@@ -266,12 +273,18 @@ def cache_folder() -> Path:
 
 def _find_files(folder: Path, unlabelled: Iterable[Path]) -> dict[str, Path]:
     if not folder.is_dir():
-        raise UsageError("There is no such folder.", path=folder, remedy="Name a BEIR folder: corpus.jsonl, queries.jsonl, qrels/.")
+        raise UsageError(
+            "There is no such folder.", path=folder, remedy="Name a BEIR folder: corpus.jsonl, queries.jsonl, qrels/."
+        )
     found = {}
     for name in ("corpus", "queries"):
         path = next((p for p in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if p.is_file()), None)
         if path is None:
-            raise UsageError(f"{name}.jsonl (or .jsonl.gz) is missing.", path=folder, remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv.")
+            raise UsageError(
+                f"{name}.jsonl (or .jsonl.gz) is missing.",
+                path=folder,
+                remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv.",
+            )
         found[name] = path
     for split in SPLITS:
         path = folder / "qrels" / f"{split}.tsv"
@@ -348,4 +361,3 @@ def _find_duplicates(ids: pa.ChunkedArray, keys: npt.NDArray[np.uint64], order: 
 
 def _sample(qrels: Qrels, count: int, seed: int) -> list[str]:
     return sorted(random.Random(seed).sample(sorted(qrels), count))
-

@@ -66,13 +66,23 @@ class DataConfig(Options):
 class ModelConfig(Options):
     """The start model and the contract of the encoder."""
 
-    start: str = option("sentence-transformers/all-MiniLM-L6-v2", "Start model: a folder or a hub name; "
-                        "'minilm' is all-MiniLM-L6-v2 from the demo extra.")
+    start: str = option(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "Start model: a folder or a hub name; 'minilm' is all-MiniLM-L6-v2 from the demo extra.",
+    )
     layers: int | None = option(None, "Keep only the first layers of the start model; unset keeps all.", low=1)
-    pooling: Literal["auto", "cls", "mean"] = option("auto", "auto keeps a sentence-transformers folder's own; cls otherwise.")
-    similarity: Literal["auto", "cosine", "dot"] = option("auto", "auto keeps a sentence-transformers folder's own; dot otherwise.")
-    temperature: float | None = option(None, "Divides the scores in the losses; unset: 0.05 for cosine, 1.0 for dot.", low=1e-4)
-    title: Literal["join", "segment"] = option("join", "join: 'title text' as one string; segment: a pair, cut longest first.")
+    pooling: Literal["auto", "cls", "mean"] = option(
+        "auto", "auto keeps a sentence-transformers folder's own; cls otherwise."
+    )
+    similarity: Literal["auto", "cosine", "dot"] = option(
+        "auto", "auto keeps a sentence-transformers folder's own; dot otherwise."
+    )
+    temperature: float | None = option(
+        None, "Divides the scores in the losses; unset: 0.05 for cosine, 1.0 for dot.", low=1e-4
+    )
+    title: Literal["join", "segment"] = option(
+        "join", "join: 'title text' as one string; segment: a pair, cut longest first."
+    )
     query_prefix: str | None = option(None, "Put before each query; unset keeps the model's own.")
     passage_prefix: str | None = option(None, "Put before each passage; unset keeps the model's own.")
     query_length: int = option(32, "Most tokens of a query, special tokens included.", low=3)
@@ -104,11 +114,17 @@ class MineConfig(Options):
 
     depth: int = option(200, "Candidates per query.", low=1)
     keep: int = option(50, "Negatives kept per labelled query.", low=1)
-    absolute_margin: float | None = option(None, "Keep a negative only if its score is this far below the positive's.", low=0)
-    relative_margin: float | None = option(0.05, "Keep a negative only if its score is below (1 - this) x the positive's.", low=0, high=1)
+    absolute_margin: float | None = option(
+        None, "Keep a negative only if its score is this far below the positive's.", low=0
+    )
+    relative_margin: float | None = option(
+        0.05, "Keep a negative only if its score is below (1 - this) x the positive's.", low=0, high=1
+    )
     max_score: float | None = option(None, "Keep a negative only if its score is at most this.")
     sampling: Literal["top", "random"] = option("top", "Which of the surviving candidates are kept.")
-    near_copy: float = option(0.9, "Word-5-gram Jaccard from which a passage is a near copy of a positive.", low=0, high=1)
+    near_copy: float = option(
+        0.9, "Word-5-gram Jaccard from which a passage is a near copy of a positive.", low=0, high=1
+    )
     mine_seed: int = option(13, "Seed of random sampling.", low=0)
 
 
@@ -121,7 +137,9 @@ class TeachConfig(Options):
     fusion: bool = option(True, "Also try weighted fusions with the student and with BM25.")
     rerank_depth: int = option(50, "Candidates of the student that a teacher re-ranks on dev.", low=2)
     gate_queries: int = option(500, "Most labelled dev queries that judge the teachers.", low=1)
-    gate_level: float = option(0.05, "A teacher has to beat the student with a smaller p-value than this.", low=0, high=1)
+    gate_level: float = option(
+        0.05, "A teacher has to beat the student with a smaller p-value than this.", low=0, high=1
+    )
     cross_encoder_steps: int = option(300, "Optimizer steps of the cross-encoder.", low=1)
     cross_encoder_negatives: int = option(4, "Negatives per positive for the cross-encoder.", low=1)
     cross_encoder_batch: int = option(32, "Query-passage pairs per step of the cross-encoder.", low=2)
@@ -138,7 +156,9 @@ class LabelConfig(Options):
     s_pos: float | None = option(None, "A pseudo positive scores above this; unset calibrates it on dev.")
     s_neg: float | None = option(None, "A denoised negative scores below this; unset calibrates it on dev.")
     target_precision: float = option(0.8, "Calibration: wanted share of right pseudo positives.", low=0, high=1)
-    false_negatives: float = option(0.05, "Calibration: accepted share of positives that score below s_neg.", low=0, high=1)
+    false_negatives: float = option(
+        0.05, "Calibration: accepted share of positives that score below s_neg.", low=0, high=1
+    )
     negatives: int = option(4, "Denoised negatives stored per query.", low=1)
 
 
@@ -147,7 +167,9 @@ class TrainConfig(Options):
     """The training loop. Names follow Hugging Face's TrainingArguments."""
 
     alpha: float = option(0.1, "Weight of the passage-centric loss in stage 1 (PAIR, section 4).", low=0, high=1)
-    passage_negatives: Literal["official", "own", "hard_all", "hard_all_pos"] = option("official", "Candidates of the passage-centric loss.")
+    passage_negatives: Literal["official", "own", "hard_all", "hard_all_pos"] = option(
+        "official", "Candidates of the passage-centric loss."
+    )
     mask_false_negatives: bool = option(True, "Known positives are never negatives in a batch.")
     train_negatives: int = option(1, "Hard negatives per row (K); fewer where an example has fewer.", low=0)
     per_device_train_batch_size: int = option(32, "Rows per batch and process (B).", low=2)
@@ -158,7 +180,9 @@ class TrainConfig(Options):
     warmup_steps: float = option(0.1, "Linear warm-up: steps, or a share of all steps when below 1.", low=0)
     weight_decay: float = option(0.01, "AdamW's decay of weight matrices.", low=0)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", low=0)
-    dropout: float | None = option(None, "Dropout of hidden states and attention; unset keeps the model's own.", low=0, high=0.9)
+    dropout: float | None = option(
+        None, "Dropout of hidden states and attention; unset keeps the model's own.", low=0, high=0.9
+    )
     eval_steps: int = option(100, "Steps between two looks at dev and at the three similarities.", low=1)
     eval_passages: int = option(1000, "Passages in the dev sample, the dev positives among them.", low=1)
     eval_queries: int = option(200, "Most dev queries in the dev sample.", low=1)

@@ -58,13 +58,17 @@ class CostModel:
     def encode(self, passages: int, queries: int = 0) -> Cost:
         """Return the cost of encoding so many texts."""
         tokens = passages * self.passage_tokens + queries * self.query_tokens
-        return Cost(2 * self.weights * tokens / (self.rate * ENCODE_SHARE), self._model_bytes() + 4 * self.hidden * passages)
+        return Cost(
+            2 * self.weights * tokens / (self.rate * ENCODE_SHARE), self._model_bytes() + 4 * self.hidden * passages
+        )
 
     def train(self, steps: int, rows: int, negatives: int) -> Cost:
         """Return the cost of so many steps of so many rows: model, gradients, two moments, activations."""
         tokens = rows * (self.query_tokens + (1 + negatives) * self.passage_tokens)
         activations = 4 * tokens * self.hidden * self.layers * 16
-        return Cost(6 * self.weights * tokens * steps / (self.rate * TRAIN_SHARE), 4 * self._model_bytes() + activations)
+        return Cost(
+            6 * self.weights * tokens * steps / (self.rate * TRAIN_SHARE), 4 * self._model_bytes() + activations
+        )
 
     def search(self, queries: int, passages: int) -> Cost:
         """Return the cost of exact search."""
@@ -90,15 +94,28 @@ def measure_costs(collection: Collection, model: ModelConfig) -> CostModel | Non
     inner = int(config.get("intermediate_size", config.get("hidden_dim", 4 * hidden)))
     layers = model.layers or int(config.get("num_hidden_layers", config.get("n_layers", 12)))
     rng = random.Random(0)
-    passages = [collection.passage_at(row).joined for row in rng.sample(range(len(collection.passages)), min(SAMPLE, len(collection.passages)))]
-    queries = [str(collection.queries.table.column("text")[row].as_py()) for row in rng.sample(range(len(collection.queries)), min(SAMPLE, len(collection.queries)))]
+    passages = [
+        collection.passage_at(row).joined
+        for row in rng.sample(range(len(collection.passages)), min(SAMPLE, len(collection.passages)))
+    ]
+    queries = [
+        str(collection.queries.table.column("text")[row].as_py())
+        for row in rng.sample(range(len(collection.queries)), min(SAMPLE, len(collection.queries)))
+    ]
 
     def count(texts: list[str], length: int) -> float:
-        return float(np.mean([min(length, len(coded.ids)) for coded in tokenizer.encode_batch(texts)])) if texts else 0.0
+        return (
+            float(np.mean([min(length, len(coded.ids)) for coded in tokenizer.encode_batch(texts)])) if texts else 0.0
+        )
 
     return CostModel(
-        measure_rate(), layers * (4 * hidden * hidden + 2 * hidden * inner), float(config.get("vocab_size", 30522)) * hidden,
-        hidden, layers, count(passages, model.passage_length), count(queries, model.query_length),
+        measure_rate(),
+        layers * (4 * hidden * hidden + 2 * hidden * inner),
+        float(config.get("vocab_size", 30522)) * hidden,
+        hidden,
+        layers,
+        count(passages, model.passage_length),
+        count(queries, model.query_length),
     )
 
 

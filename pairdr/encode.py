@@ -49,7 +49,9 @@ def encode_corpus(
             marker.unlink()
         _write_ids(staging.path / "ids.arrow", collection)
         staging.facts |= {
-            "count": len(collection.passages), "dimensions": encoder.contract.dimensions, "dtype": "float32",
+            "count": len(collection.passages),
+            "dimensions": encoder.contract.dimensions,
+            "dtype": "float32",
             "similarity": encoder.contract.similarity,
         }
     return VectorStore(output)
@@ -64,8 +66,11 @@ def _write_shard(path: Path, block: list[Passage], encoder: DualEncoder, config:
     vectors = encoder.encode_passages(block, config.tokens_per_batch)  # [n, D]
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-        raise PairdrError(f"The vector of passage {block[row].passage_id!r} is not finite.", path=path,
-                          remedy="The model is broken; train or download it again.")
+        raise PairdrError(
+            f"The vector of passage {block[row].passage_id!r} is not finite.",
+            path=path,
+            remedy="The model is broken; train or download it again.",
+        )
     np.save(path, vectors, allow_pickle=False)
     replace_file(path.with_suffix(".done"), json.dumps({"sha256": hash_file(path)}))
 

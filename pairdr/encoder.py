@@ -86,7 +86,9 @@ class DualEncoder:
         if contract.similarity == "dot" and temperature == 1.0 and any(isinstance(m, Normalize) for m in model):
             raise RefusedError(
                 "Dot product at temperature 1 on normalised vectors: all scores lie within 2 of each other, "
-                "and the softmax cannot learn.", path=name, remedy="Set temperature = 0.05 or similarity = 'cosine'.",
+                "and the softmax cannot learn.",
+                path=name,
+                remedy="Set temperature = 0.05 or similarity = 'cosine'.",
             )
         return cls(model, contract, temperature, is_retriever)
 
@@ -175,7 +177,10 @@ class DualEncoder:
         For cosine they are normalised, so that an inner product is the similarity.
         """
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i].input_ids))
-        parts = [self._forward([tokens[i] for i in order[at : at + LENGTH_GROUP]]) for at in range(0, len(order), LENGTH_GROUP)]
+        parts = [
+            self._forward([tokens[i] for i in order[at : at + LENGTH_GROUP]])
+            for at in range(0, len(order), LENGTH_GROUP)
+        ]
         place = torch.empty(len(order), dtype=torch.long)
         place[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
         return torch.cat(parts)[place.to(parts[0].device)]
@@ -201,7 +206,9 @@ class DualEncoder:
         if not first:
             return []
         tokenizer = self.model.tokenizer
-        coded = tokenizer(first, second, truncation="longest_first", max_length=length, return_attention_mask=False, verbose=False)
+        coded = tokenizer(
+            first, second, truncation="longest_first", max_length=length, return_attention_mask=False, verbose=False
+        )
         types = coded.get("token_type_ids") or [[] for _ in first]
         return [Tokens(*pair) for pair in zip(coded["input_ids"], types, strict=True)]
 
@@ -271,11 +278,20 @@ def _is_sentence_transformer(name: str) -> bool:
     return bool(is_sentence_transformer_model(name))
 
 
+def _transformer(model: SentenceTransformer) -> Any:
+    """Return the first module, which tokenises and holds the encoder."""
+    return model[0]
+
+
 def _keep_layers(model: SentenceTransformer, count: int) -> None:
-    body = model[0].model
+    body = _transformer(model).model
     total = body.config.num_hidden_layers
-    stacks = [(parent, key) for parent in body.modules() for key, child in parent.named_children()
-              if isinstance(child, nn.ModuleList) and len(child) == total]
+    stacks = [
+        (parent, key)
+        for parent in body.modules()
+        for key, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == total
+    ]
     if len(stacks) != 1 or count > total:
         raise UsageError(f"Option layers is {count}; this model has {total} layers.", remedy="Choose fewer.")
     parent, key = stacks[0]
@@ -295,7 +311,10 @@ def _settle_similarity(model: SentenceTransformer, config: ModelConfig, is_retri
     if chosen == "cosine" and not any(isinstance(module, Normalize) for module in model):
         model.append(Normalize())
     if pooling is not None and not pooling.include_prompt:
-        raise UsageError("This model leaves the prompt out of its pooling, which pairdr does not do.", remedy="Use another start model.")
+        raise UsageError(
+            "This model leaves the prompt out of its pooling, which pairdr does not do.",
+            remedy="Use another start model.",
+        )
 
 
 def _settle_contract(model: SentenceTransformer, config: ModelConfig) -> Contract:
@@ -305,15 +324,25 @@ def _settle_contract(model: SentenceTransformer, config: ModelConfig) -> Contrac
     passage_prefix = stored["document"] if config.passage_prefix is None else config.passage_prefix
     model.prompts = {"query": query_prefix, "document": passage_prefix}
     limit = model.get_max_seq_length() or max(config.query_length, config.passage_length)
-    positions = getattr(model[0].model.config, "max_position_embeddings", None) or limit
+    positions = getattr(_transformer(model).config, "max_position_embeddings", None) or limit
     longest = max(config.query_length, config.passage_length)
     if longest > positions:
-        raise UsageError(f"A length of {longest} tokens is over the model's {positions} positions.", remedy="Lower query_length or passage_length.")
-    model[0].query_length, model[0].document_length = config.query_length, config.passage_length
+        raise UsageError(
+            f"A length of {longest} tokens is over the model's {positions} positions.",
+            remedy="Lower query_length or passage_length.",
+        )
+    transformer = _transformer(model)
+    transformer.query_length, transformer.document_length = config.query_length, config.passage_length
     pooling = next((module.pooling_mode for module in model if isinstance(module, Pooling)), "own")
     return Contract(
-        query_prefix, passage_prefix, config.query_length, config.passage_length, str(pooling),
-        str(model.similarity_fn_name), config.title, int(model.get_embedding_dimension() or 0),
+        query_prefix,
+        passage_prefix,
+        config.query_length,
+        config.passage_length,
+        str(pooling),
+        str(model.similarity_fn_name),
+        config.title,
+        int(model.get_embedding_dimension() or 0),
     )
 
 
@@ -321,7 +350,13 @@ def _describe(contract: Contract) -> str:
     lines = [f"- {key.replace('_', ' ')}: {value!r}" for key, value in asdict(contract).items()]
     note = (
         "\nTitles are a segment of their own: give sentence-transformers (title, text) pairs; a joined string gives "
-        "other vectors.\n" if contract.title == "segment" else ""
+        "other vectors.\n"
+        if contract.title == "segment"
+        else ""
     )
-    return "# A dense passage retriever\n\nOpen it with sentence-transformers: `encode_query`, `encode_document`.\n\n" + "\n".join(lines) + "\n" + note
-
+    return (
+        "# A dense passage retriever\n\nOpen it with sentence-transformers: `encode_query`, `encode_document`.\n\n"
+        + "\n".join(lines)
+        + "\n"
+        + note
+    )

@@ -45,9 +45,7 @@ class MissingExtraError(UsageError):
     """A package that an optional part needs is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"This needs the package {package}.", remedy=f"Install it with: pip install 'pairdr[{extra}]'"
-        )
+        super().__init__(f"This needs the package {package}.", remedy=f"Install it with: pip install 'pairdr[{extra}]'")
 
 
 class DataError(PairdrError):

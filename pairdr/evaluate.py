@@ -14,7 +14,12 @@ PER_QUERY = "per_query.json"
 
 
 def evaluate_run(
-    run: Run, qrels: Qrels, config: EvaluateConfig, output: str | Path | None = None, *, inputs: dict[str, str] | None = None
+    run: Run,
+    qrels: Qrels,
+    config: EvaluateConfig,
+    output: str | Path | None = None,
+    *,
+    inputs: dict[str, str] | None = None,
 ) -> PerQuery:
     """Measure a run and, with `output`, publish the values per query and their means.
 

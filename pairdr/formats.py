@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -143,7 +143,9 @@ def read_qrels_lines(path: Path) -> Iterator[tuple[int, str, str, int]]:
         except ValueError as error:
             raise DataError(
                 "Not a qrels line: expected 'query-id<TAB>corpus-id<TAB>score', score a whole number, on every line.",
-                path=path, line=number, remedy="Mend or remove the line.",
+                path=path,
+                line=number,
+                remedy="Mend or remove the line.",
             ) from error
 
 
@@ -184,12 +186,18 @@ def read_run(path: Path) -> Run:
         except ValueError as error:
             raise DataError(
                 "Not a TREC run line: expected 'query Q0 passage rank score tag'.",
-                path=path, line=number, remedy="Mend or remove the line.",
+                path=path,
+                line=number,
+                remedy="Mend or remove the line.",
             ) from error
         hits = ranked.setdefault(query_id, {})
         if passage_id in hits:
-            raise DataError(f"Passage {passage_id} stands twice under query {query_id}.", path=path, line=number,
-                            remedy="Keep one of the two.")
+            raise DataError(
+                f"Passage {passage_id} stands twice under query {query_id}.",
+                path=path,
+                line=number,
+                remedy="Keep one of the two.",
+            )
         hits[passage_id] = value
     return Run.from_mapping({q: sorted(hits.items(), key=lambda hit: (-hit[1], hit[0])) for q, hits in ranked.items()})
 
@@ -256,8 +264,9 @@ class Examples:
         return int(self.table.num_rows)
 
     def __getitem__(self, row: int) -> Example:
-        values = {name: self.table.column(name)[row].as_py() for name in EXAMPLE_SCHEMA.names}
-        return Example(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        values: dict[str, Any] = {name: self.table.column(name)[row].as_py() for name in EXAMPLE_SCHEMA.names}
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return Example(**values)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[row] for row in range(len(self)))

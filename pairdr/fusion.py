@@ -26,7 +26,9 @@ def standardise(scores: npt.ArrayLike) -> Array:
         return values
     spread = values.std(axis=-1, keepdims=True)
     centred: Array = values - values.mean(axis=-1, keepdims=True)
-    return np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 1e-12)
+    even: Array = np.zeros_like(centred)
+    np.divide(centred, spread, out=even, where=spread > 1e-12)
+    return even
 
 
 def list_weights(systems: int) -> list[tuple[float, ...]]:

@@ -34,7 +34,7 @@ LEAST_SHARE, MOST_SHARE = 0.01, 0.95
 LEAST_QUERIES = 20
 """Fewer dev queries than this above a threshold say nothing of its precision."""
 SOURCES = ("labelled", "pseudo", "plain")
-"""Example files: denoised labelled rows, pseudo-labelled rows, and labelled rows with the mined negatives as they are."""
+"""Example files: denoised labelled rows, pseudo-labelled rows, labelled rows with the negatives as mined."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,14 @@ class Calibration:
 
 
 def label_examples(
-    collection: Collection, candidates: Candidates, teacher: Teacher | None, config: LabelConfig, output: str | Path,
-    *, teacher_fingerprint: str = "", note: str = "",
+    collection: Collection,
+    candidates: Candidates,
+    teacher: Teacher | None,
+    config: LabelConfig,
+    output: str | Path,
+    *,
+    teacher_fingerprint: str = "",
+    note: str = "",
 ) -> dict[str, Any]:
     """Write the examples that training reads, with the teacher's scores.
 
@@ -78,7 +84,11 @@ def label_examples(
     Raises:
         RefusedError: the pool's yield is below 1 % or above 95 %, or no threshold reaches the wanted precision.
     """
-    inputs = {"collection": collection.fingerprint, "candidates": candidates.fingerprint, "teacher": teacher_fingerprint}
+    inputs = {
+        "collection": collection.fingerprint,
+        "candidates": candidates.fingerprint,
+        "teacher": teacher_fingerprint,
+    }
     with publish(output, "examples", options=config.as_dict(), inputs=inputs) as staging:
         facts = staging.facts
         counts: Counter[str] = Counter()
@@ -94,7 +104,11 @@ def label_examples(
         facts["labelled"] = write_examples(staging.path / "labelled.arrow", labelled)
         pseudo = list(_label_pool(collection, candidates.student, teacher, calibration, config, counts))
         facts["pseudo"] = write_examples(staging.path / "pseudo.arrow", pseudo)
-        facts |= {"counts": dict(counts), "pool": len(collection.pool), "hidden": measure_precision(pseudo, collection.hidden)}
+        facts |= {
+            "counts": dict(counts),
+            "pool": len(collection.pool),
+            "hidden": measure_precision(pseudo, collection.hidden),
+        }
         if collection.pool:
             _require_yield(len(pseudo), len(collection.pool), calibration)
     return dict(facts)
@@ -209,7 +223,12 @@ def _label_plainly(collection: Collection, candidates: Candidates, config: Label
 
 
 def _denoise(
-    collection: Collection, candidates: Candidates, teacher: Teacher, s_neg: float, config: LabelConfig, counts: Counter[str]
+    collection: Collection,
+    candidates: Candidates,
+    teacher: Teacher,
+    s_neg: float,
+    config: LabelConfig,
+    counts: Counter[str],
 ) -> Iterator[Example]:
     """Yield labelled rows whose negatives the teacher scores below s_neg, in rank order.
 
@@ -217,7 +236,9 @@ def _denoise(
     """
     mined = {query_id: {hit.passage_id for hit in candidates.negatives[query_id]} for query_id in candidates.negatives}
     for query_id, hits, scores in score_candidates(collection, candidates.student, teacher, mined, config.label_depth):
-        usable = [(hit.passage_id, float(s)) for hit, s in zip(hits, scores, strict=True) if hit.passage_id in mined[query_id]]
+        usable = [
+            (hit.passage_id, float(s)) for hit, s in zip(hits, scores, strict=True) if hit.passage_id in mined[query_id]
+        ]
         kept = [pair for pair in usable if pair[1] < s_neg]
         counts["mined negatives kept"] += len(kept)
         counts["mined negatives the teacher rejects"] += len(usable) - len(kept)
@@ -233,7 +254,12 @@ def _rows(collection: Collection, query_id: str, negatives: list[str], scores: l
 
 
 def _label_pool(
-    collection: Collection, student: Run, teacher: Teacher, calibration: Calibration, config: LabelConfig, counts: Counter[str]
+    collection: Collection,
+    student: Run,
+    teacher: Teacher,
+    calibration: Calibration,
+    config: LabelConfig,
+    counts: Counter[str],
 ) -> Iterator[Example]:
     for query_id, hits, scores in score_candidates(collection, student, teacher, collection.pool, config.label_depth):
         picked = pick_pseudo_labels(hits, scores.tolist(), calibration.s_pos, calibration.s_neg, config.negatives)
@@ -242,8 +268,13 @@ def _label_pool(
             continue
         positive, negatives = hits[picked[0]].passage_id, picked[1]
         yield Example(
-            query_id, positive, tuple(hits[place].passage_id for place in negatives), (positive,), "pseudo",
-            float(scores[picked[0]]), tuple(float(scores[place]) for place in negatives),
+            query_id,
+            positive,
+            tuple(hits[place].passage_id for place in negatives),
+            (positive,),
+            "pseudo",
+            float(scores[picked[0]]),
+            tuple(float(scores[place]) for place in negatives),
         )
 
 

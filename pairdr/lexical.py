@@ -94,7 +94,10 @@ class Tokenizer:
             from bm25s.tokenization import _infer_stopwords
 
             if config.language not in Stemmer.algorithms():
-                raise UsageError(f"No stemmer for {config.language!r}.", remedy=f"There are: none, {', '.join(Stemmer.algorithms())}.")
+                raise UsageError(
+                    f"No stemmer for {config.language!r}.",
+                    remedy=f"There are: none, {', '.join(Stemmer.algorithms())}.",
+                )
             self._stem = Stemmer.Stemmer(config.language)
             try:
                 self._stop = frozenset(_infer_stopwords(config.language))

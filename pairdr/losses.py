@@ -85,7 +85,9 @@ def query_centric_loss(
     _require_shapes(query, positive, negative)
     rows = len(query)
     scores = torch.cat([_score(query, positive, temperature), _score(query, negative.flatten(0, 1), temperature)], 1)
-    removed = torch.cat([_off_diagonal(masks and masks.positive, query, rows), _hard(negative, negative_valid, masks)], 1)
+    removed = torch.cat(
+        [_off_diagonal(masks and masks.positive, query, rows), _hard(negative, negative_valid, masks)], 1
+    )
     return _softmax_loss(scores, removed, torch.arange(rows, device=query.device))  # scores, removed [B, B + B*K]
 
 
@@ -196,7 +198,9 @@ class PairLoss(nn.Module):
         self.cosine = model.similarity_fn_name == "cosine"
         self.temperature = temperature if temperature is not None else 0.05 if self.cosine else 1.0
 
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return the named parts of the loss, each weighted so that their sum is the mix."""
         vectors = [self.model(features)["sentence_embedding"] for features in sentence_features]
         if self.cosine:
@@ -204,8 +208,12 @@ class PairLoss(nn.Module):
         query, positive, *rest = vectors
         negative = torch.stack(rest, 1) if rest else query.new_zeros(len(query), 0, query.shape[1])
         parts = pair_loss(
-            query, positive, negative,
-            alpha=self.alpha, passage_negatives=self.passage_negatives, temperature=self.temperature,
+            query,
+            positive,
+            negative,
+            alpha=self.alpha,
+            passage_negatives=self.passage_negatives,
+            temperature=self.temperature,
         )
         if parts.passage_centric is None:
             return {"query_centric": parts.query_centric}
@@ -261,7 +269,7 @@ def _require_negatives(variant: str, removed: Tensor, valid: Tensor | None, coun
     if variant not in ("own", "hard_all"):
         return
     has_any = count > 0 and (valid is None or bool(valid.any(1).all() if variant == "own" else valid.any()))
-    if not has_any or (variant == "hard_all" and bool(removed.all())):
+    if not has_any or bool(removed.all()):
         raise UsageError(
             f"passage_negatives={variant!r} needs at least one valid hard negative "
             f"{'in every row' if variant == 'own' else 'in the batch'}; its loss would be 0.",

@@ -65,7 +65,9 @@ def parse_measures(measures: Iterable[str]) -> list[ir_measures.Measure]:
         except (NameError, ValueError, SyntaxError):
             unknown.append(name)
     if unknown:
-        raise UsageError(f"Unknown measures: {', '.join(unknown)}.", remedy="Write RR@10, nDCG@10, R@100, Success@5, ...")
+        raise UsageError(
+            f"Unknown measures: {', '.join(unknown)}.", remedy="Write RR@10, nDCG@10, R@100, Success@5, ..."
+        )
     return parsed
 
 
@@ -93,7 +95,9 @@ def compute_p_value(
     from scipy.stats import permutation_test
 
     if first.keys() != second.keys():
-        raise DataError("The two systems were measured on different queries.", remedy="Evaluate both on the same split.")
+        raise DataError(
+            "The two systems were measured on different queries.", remedy="Evaluate both on the same split."
+        )
     difference = np.array([first[query_id] - second[query_id] for query_id in first])
     if not difference.any():
         return 1.0
@@ -102,7 +106,12 @@ def compute_p_value(
         return np.asarray(np.mean(values, axis=axis))
 
     outcome = permutation_test(
-        (difference,), mean, permutation_type="samples", vectorized=True, n_resamples=resamples, batch=256,
+        (difference,),
+        mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=256,
         rng=np.random.default_rng(seed),
     )
     return float(outcome.pvalue)

@@ -91,8 +91,10 @@ def mine_candidates(
             for number, query_id in enumerate(collection.qrels("train")):
                 add([query_id], [choose_negatives(collection, student, query_id, config, counts, number)])
         staging.facts |= {
-            "labelled": len(collection.qrels("train")), "pool": len(collection.pool),
-            "depth": config.depth, "negatives": dict(counts),
+            "labelled": len(collection.qrels("train")),
+            "pool": len(collection.pool),
+            "depth": config.depth,
+            "negatives": dict(counts),
         }
     return read_candidates(output)
 
@@ -100,8 +102,8 @@ def mine_candidates(
 def read_candidates(folder: str | Path) -> Candidates:
     """Memory-map what `mine_candidates` wrote."""
     fingerprint = read_manifest(folder, "candidates").fingerprint
-    runs = (Run.open(Path(folder) / f"{name}.arrow") for name in ("student", "bm25", "negatives"))
-    return Candidates(*runs, fingerprint)
+    student, bm25, negatives = (Run.open(Path(folder) / f"{name}.arrow") for name in ("student", "bm25", "negatives"))
+    return Candidates(student, bm25, negatives, fingerprint)
 
 
 def open_candidates(path: str | Path, collection: Collection) -> Candidates:
@@ -113,10 +115,13 @@ def open_candidates(path: str | Path, collection: Collection) -> Candidates:
         return read_candidates(path)
     run = read_run(Path(path))
     train = collection.qrels("train")
-    negatives = Run.from_mapping({
-        query_id: [hit for hit in run[query_id] if hit.passage_id not in positives_of(train, query_id)]
-        for query_id in train if query_id in run
-    })
+    negatives = Run.from_mapping(
+        {
+            query_id: [hit for hit in run[query_id] if hit.passage_id not in positives_of(train, query_id)]
+            for query_id in train
+            if query_id in run
+        }
+    )
     return Candidates(run, run, negatives, hash_file(Path(path)))
 
 
@@ -145,9 +150,12 @@ def choose_negatives(
     survivors = []
     for hit in hits:
         reason = (
-            "known positive" if hit.passage_id in positives
-            else "too near the positive's score" if hit.score > limit
-            else "near copy of a positive" if _is_near_copy(collection, hit.passage_id, positives, config.near_copy)
+            "known positive"
+            if hit.passage_id in positives
+            else "too near the positive's score"
+            if hit.score > limit
+            else "near copy of a positive"
+            if _is_near_copy(collection, hit.passage_id, positives, config.near_copy)
             else None
         )
         if reason is None:

@@ -134,7 +134,10 @@ def format_plan(lines: list[tuple[str, str, Cost | None]]) -> str:
     if costs:
         total = sum(cost.seconds for cost in costs) / 60
         peak = max(cost.memory for cost in costs) / GIB + 0.6
-        rows.append(f"about {total:.0f} minutes and {peak:.1f} GiB, by arithmetic from this machine's speed: good to a factor of two")
+        rows.append(
+            f"about {total:.0f} minutes and {peak:.1f} GiB, "
+            "by arithmetic from this machine's speed: good to a factor of two"
+        )
     elif any(verdict != "up to date" for _, verdict, _ in lines):
         rows.append("time and memory are not predicted: the start model is not on this machine yet")
     else:
@@ -145,8 +148,12 @@ def format_plan(lines: list[tuple[str, str, Cost | None]]) -> str:
 def _write_work_file(work: Work, source: Path) -> None:
     facts = read_manifest(work.path("runs", table_split(work), FUSED), "run").facts
     content = {
-        "model": "models/pair", "vectors": "vectors/pair", "collection": str(source.resolve()),
-        "data": work.config.data.as_dict(), "mode": facts["mode"], "weights": facts["weights"],
+        "model": "models/pair",
+        "vectors": "vectors/pair",
+        "collection": str(source.resolve()),
+        "data": work.config.data.as_dict(),
+        "mode": facts["mode"],
+        "weights": facts["weights"],
     }
     text = json.dumps(content, indent=1) + "\n"
     path = work.path(WORK_FILE)

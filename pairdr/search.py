@@ -51,10 +51,13 @@ def rank_dense(
         k = min(config.k, store.count)
         rows, scores = search_exact(vectors, store.read_blocks(config.passage_block), store.id_rank, k)
         ids = store.ids_of(rows.reshape(-1))
-        yield [query.query_id for query in block], [
-            [Scored(*hit) for hit in zip(ids[at * k : (at + 1) * k], scores[at].tolist(), strict=True)]
-            for at in range(len(block))
-        ]
+        yield (
+            [query.query_id for query in block],
+            [
+                [Scored(*hit) for hit in zip(ids[at * k : (at + 1) * k], scores[at].tolist(), strict=True)]
+                for at in range(len(block))
+            ],
+        )
 
 
 def rank_words(
@@ -95,7 +98,12 @@ class Searcher:
     """Searches a work folder that `pairdr run` made."""
 
     def __init__(
-        self, collection: Collection, encoder: DualEncoder, store: VectorStore, index: LexicalIndex, mode: Mode,
+        self,
+        collection: Collection,
+        encoder: DualEncoder,
+        store: VectorStore,
+        index: LexicalIndex,
+        mode: Mode,
         weights: Sequence[float],
     ) -> None:
         self.collection, self.encoder, self.store, self.index = collection, encoder, store, index
@@ -112,7 +120,9 @@ class Searcher:
 
         path = Path(work) / WORK_FILE
         if not path.is_file():
-            raise ArtefactError("This is no finished work folder.", path=work, remedy="Run pairdr run DATA -o WORK first.")
+            raise ArtefactError(
+                "This is no finished work folder.", path=work, remedy="Run pairdr run DATA -o WORK first."
+            )
         facts = json.loads(path.read_text(encoding="utf-8"))
         data = dict(facts["data"])
         data["unlabelled"] = tuple(Path(name) for name in data["unlabelled"])
@@ -121,7 +131,9 @@ class Searcher:
         store = VectorStore(Path(work) / facts["vectors"])
         store.require_encoder(encoder.fingerprint)
         if store.collection != collection.passages_fingerprint:
-            raise ArtefactError("The corpus has changed since it was encoded.", path=work, remedy="Run pairdr run again.")
+            raise ArtefactError(
+                "The corpus has changed since it was encoded.", path=work, remedy="Run pairdr run again."
+            )
         return cls(collection, encoder, store, LexicalIndex(Path(work) / "bm25"), facts["mode"], facts["weights"])
 
     def search(self, text: str, k: int = 10, mode: Mode | None = None) -> list[Hit]:
@@ -154,7 +166,9 @@ class Searcher:
 
 
 def _collect(blocks: Iterator[tuple[list[str], list[list[Scored]]]]) -> Run:
-    return Run.from_mapping({query_id: hits for ids, ranked in blocks for query_id, hits in zip(ids, ranked, strict=True)})
+    return Run.from_mapping(
+        {query_id: hits for ids, ranked in blocks for query_id, hits in zip(ids, ranked, strict=True)}
+    )
 
 
 def _blocks(queries: Iterable[Query], size: int) -> Iterator[list[Query]]:

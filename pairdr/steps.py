@@ -26,7 +26,7 @@ from pairdr.measures import mean_measures, measure_run
 from pairdr.mine import mine_candidates
 from pairdr.progress import say
 from pairdr.search import rank_dense, rank_words, write_search
-from pairdr.table import compare_systems
+from pairdr.table import compare_systems, describe_fusion, describe_labels
 from pairdr.teach import choose_teacher, read_recipe
 from pairdr.teachers import load_teacher
 from pairdr.train import count_steps, read_stage_examples, train_model
@@ -80,21 +80,43 @@ def _list_preparation(work: Work) -> list[Step]:
     steps = [
         Step("check", "check", model, ("collection",), partial(_check, work)),
         Step("start", "models/start", model, (), partial(_save_start, work, "start", config.model.layers)),
-        Step("bm25", "bm25", config.lexical.as_dict(), ("collection",), lambda: index_words(data, config.lexical, work.path("bm25"))),
+        Step(
+            "bm25",
+            "bm25",
+            config.lexical.as_dict(),
+            ("collection",),
+            lambda: index_words(data, config.lexical, work.path("bm25")),
+        ),
         _encode_step(work, "start"),
     ]
     if config.model.layers is not None:
-        steps += [Step("whole", "models/whole", model, (), partial(_save_start, work, "whole", None)), _encode_step(work, "whole")]
+        steps += [
+            Step("whole", "models/whole", model, (), partial(_save_start, work, "whole", None)),
+            _encode_step(work, "whole"),
+        ]
     if _warms(work):
         options = [config.warm.as_dict(), config.train.as_dict()]
 
         def warm() -> None:
-            warm_student(data, work.index, work.path("models", "start"), config.warm, config.train,
-                         work.path("models", "student"), device=config.model.device)
+            warm_student(
+                data,
+                work.index,
+                work.path("models", "start"),
+                config.warm,
+                config.train,
+                work.path("models", "student"),
+                device=config.model.device,
+            )
 
         steps += [
-            Step("student", "models/student", options, ("collection", "start", "bm25"), warm,
-                 lambda costs: _train_cost(costs, config.warm.warm_steps, config.train)),
+            Step(
+                "student",
+                "models/student",
+                options,
+                ("collection", "start", "bm25"),
+                warm,
+                lambda costs: _train_cost(costs, config.warm.warm_steps, config.train),
+            ),
             _encode_step(work, "student"),
         ]
     return steps
@@ -109,11 +131,21 @@ def _list_labelling(work: Work) -> list[Step]:
     vectors = f"encode {student}"
 
     def mine() -> None:
-        mine_candidates(data, work.encoder(student), work.store(student), work.index, config.mine, work.path("candidates"))
+        mine_candidates(
+            data, work.encoder(student), work.store(student), work.index, config.mine, work.path("candidates")
+        )
 
     def find_teacher() -> None:
-        result = choose_teacher(data, work.encoder(student), work.path("models", student), work.index, work.candidates,
-                       config.model, teaching, work.path("teacher"))
+        result = choose_teacher(
+            data,
+            work.encoder(student),
+            work.path("models", student),
+            work.index,
+            work.candidates,
+            config.model,
+            teaching,
+            work.path("teacher"),
+        )
         for verdict in result.verdicts:
             p_value = "" if verdict.p_value is None else f"  p = {verdict.p_value:.4f}"
             say(f"  {verdict.name}: RR@10 {verdict.rr10:.4f}{p_value}")
@@ -122,12 +154,30 @@ def _list_labelling(work: Work) -> list[Step]:
     gate = config.teach
     queries = _count_training(work)
     return [
-        Step("mine", "candidates", config.mine.as_dict(), ("collection", vectors, "bm25"), mine,
-             lambda costs: costs.search(queries, len(data.passages))),
-        Step("teach", "teacher", gate.as_dict(), ("collection", "mine", student, "bm25", *(("whole",) if config.model.layers else ())), find_teacher,
-             lambda costs: costs.encode(min(len(data.passages), gate.gate_queries * gate.rerank_depth))),
-        Step("label", "examples", config.label.as_dict(), ("collection", "mine", "teach"), partial(_label, work),
-             lambda costs: costs.encode(min(len(data.passages), queries * config.label.label_depth))),
+        Step(
+            "mine",
+            "candidates",
+            config.mine.as_dict(),
+            ("collection", vectors, "bm25"),
+            mine,
+            lambda costs: costs.search(queries, len(data.passages)),
+        ),
+        Step(
+            "teach",
+            "teacher",
+            gate.as_dict(),
+            ("collection", "mine", student, "bm25", *(("whole",) if config.model.layers else ())),
+            find_teacher,
+            lambda costs: costs.encode(min(len(data.passages), gate.gate_queries * gate.rerank_depth)),
+        ),
+        Step(
+            "label",
+            "examples",
+            config.label.as_dict(),
+            ("collection", "mine", "teach"),
+            partial(_label, work),
+            lambda costs: costs.encode(min(len(data.passages), queries * config.label.label_depth)),
+        ),
     ]
 
 
@@ -137,8 +187,14 @@ def _list_training(work: Work) -> list[Step]:
     for arm in list_arms(config):
         options = [config.train.as_dict(), arm]
         steps += [
-            Step(f"train {arm}", f"models/{arm}", options, ("collection", "label", "start"), partial(_train, work, arm),
-                 lambda costs: _train_cost(costs, 2 * count_steps(_count_training(work), config.train), config.train)),
+            Step(
+                f"train {arm}",
+                f"models/{arm}",
+                options,
+                ("collection", "label", "start"),
+                partial(_train, work, arm),
+                lambda costs: _train_cost(costs, 2 * count_steps(_count_training(work), config.train), config.train),
+            ),
             _encode_step(work, arm, f"train {arm}"),
         ]
     return steps
@@ -148,19 +204,38 @@ def _list_comparison(work: Work) -> list[Step]:
     config = work.config
     split = table_split(work)
     models = ["start", *(["whole"] if config.model.layers is not None else []), *list_arms(config)]
-    steps = [_search_step(work, at, system) for at, system in
-             [(split, "bm25"), *((split, model) for model in models), *((("dev", "bm25"), ("dev", "pair")) if split != "dev" else ())]]
-    fused = Step("fuse", f"runs/{split}/{FUSED}", config.search.as_dict(),
-                 tuple(dict.fromkeys(f"search {at}/{system}" for at in ("dev", split) for system in ("bm25", "pair"))), partial(_fuse, work, split))
-    last = Step("evaluate", "report", config.evaluate.as_dict(), ("collection", "label", *(step.name for step in steps), "fuse"),
-                partial(_evaluate, work, split, ["bm25", *models, FUSED]))
+    steps = [
+        _search_step(work, at, system)
+        for at, system in [
+            (split, "bm25"),
+            *((split, model) for model in models),
+            *((("dev", "bm25"), ("dev", "pair")) if split != "dev" else ()),
+        ]
+    ]
+    fused = Step(
+        "fuse",
+        f"runs/{split}/{FUSED}",
+        config.search.as_dict(),
+        tuple(dict.fromkeys(f"search {at}/{system}" for at in ("dev", split) for system in ("bm25", "pair"))),
+        partial(_fuse, work, split),
+    )
+    last = Step(
+        "evaluate",
+        "report",
+        config.evaluate.as_dict(),
+        ("collection", "label", *(step.name for step in steps), "fuse"),
+        partial(_evaluate, work, split, ["bm25", *models, FUSED]),
+    )
     return [*steps, fused, last]
 
 
 def _encode_step(work: Work, name: str, model_step: str | None = None) -> Step:
     config, data = work.config.encode, work.collection
     return Step(
-        f"encode {name}", f"vectors/{name}", config.as_dict(), ("collection", model_step or name),
+        f"encode {name}",
+        f"vectors/{name}",
+        config.as_dict(),
+        ("collection", model_step or name),
         lambda: encode_corpus(data, work.encoder(name), config, work.path("vectors", name)),
         lambda costs: costs.encode(len(data.passages)),
     )
@@ -171,14 +246,29 @@ def _search_step(work: Work, split: str, system: str) -> Step:
 
     def make() -> None:
         queries = (data.query(query_id) for query_id in data.qrels(split))
-        blocks = (rank_words(queries, data, work.index, config) if system == "bm25"
-                  else rank_dense(queries, work.encoder(system), work.store(system), config))
-        write_search(blocks, config, work.path("runs", split, system), total=len(data.qrels(split)),
-                     inputs={"collection": data.fingerprint}, options={"split": split, "system": system})
+        blocks = (
+            rank_words(queries, data, work.index, config)
+            if system == "bm25"
+            else rank_dense(queries, work.encoder(system), work.store(system), config)
+        )
+        write_search(
+            blocks,
+            config,
+            work.path("runs", split, system),
+            total=len(data.qrels(split)),
+            inputs={"collection": data.fingerprint},
+            options={"split": split, "system": system},
+        )
 
     source = "bm25" if system == "bm25" else f"encode {system}"
-    return Step(f"search {split}/{system}", f"runs/{split}/{system}", config.as_dict(), ("collection", source), make,
-                lambda costs: costs.search(len(data.qrels(split)), len(data.passages)))
+    return Step(
+        f"search {split}/{system}",
+        f"runs/{split}/{system}",
+        config.as_dict(),
+        ("collection", source),
+        make,
+        lambda costs: costs.search(len(data.qrels(split)), len(data.passages)),
+    )
 
 
 def _check(work: Work) -> None:
@@ -199,8 +289,14 @@ def _label(work: Work) -> None:
     folder = work.path("teacher")
     recipe = read_recipe(folder)
     note = "" if recipe else "No teacher beat the student"
-    label = partial(label_examples, data, work.candidates, config=config.label, output=work.path("examples"),
-                    teacher_fingerprint=read_manifest(folder).fingerprint)
+    label = partial(
+        label_examples,
+        data,
+        work.candidates,
+        config=config.label,
+        output=work.path("examples"),
+        teacher_fingerprint=read_manifest(folder).fingerprint,
+    )
     if recipe is not None:
         teacher = load_teacher(recipe, folder, data, work.index, config.model)
         try:
@@ -208,7 +304,10 @@ def _label(work: Work) -> None:
         except RefusedError as error:
             note = error.what.rstrip(".")
         else:
-            say(f"  {facts['labelled']} labelled and {facts['pseudo']} pseudo-labelled rows; {json.dumps(facts['calibration'])}")
+            say(
+                f"  {facts['labelled']} labelled and {facts['pseudo']} pseudo-labelled rows; "
+                f"{json.dumps(facts['calibration'])}"
+            )
             return
     say(f"  {note}: no pseudo labels, margin-filtered negatives.")
     label(teacher=None, note=note)
@@ -221,8 +320,16 @@ def _train(work: Work, arm: str) -> None:
     # Labelled only takes as many steps in its one stage as PAIR in its two.
     rows = len(read_stage_examples(examples, list_stages("pair", config.train)[0]))
     steps = count_steps(rows, config.train) * (2 if len(stages) == 1 else 1)
-    train_model(work.collection, examples, work.path("models", "start"), stages, config.train, work.path("models", arm),
-          device=config.model.device, max_steps=steps)
+    train_model(
+        work.collection,
+        examples,
+        work.path("models", "start"),
+        stages,
+        config.train,
+        work.path("models", arm),
+        device=config.model.device,
+        max_steps=steps,
+    )
 
 
 def _fuse(work: Work, split: str) -> None:
@@ -231,51 +338,41 @@ def _fuse(work: Work, split: str) -> None:
     runs = [work.run("dev", system) for system in ("pair", "bm25")]
     dev = data.qrels("dev")
     weights = tune_run_weights(runs, dev)
-    fused, dense = (mean_measures(measure_run(run, dev, ["RR@10"]))["RR@10"] for run in (fuse_runs(runs, weights, config.k), runs[0]))
+    fused, dense = (
+        mean_measures(measure_run(run, dev, ["RR@10"]))["RR@10"]
+        for run in (fuse_runs(runs, weights, config.k), runs[0])
+    )
     output = work.path("runs", split, FUSED)
     with publish(output, "run", options=config.as_dict() | {"weights": list(weights)}, inputs={}) as staging:
         run = fuse_runs([work.run(split, system) for system in ("pair", "bm25")], weights, config.k)
         with write_run(staging.path / "run.arrow") as add:
             add(list(run), [run[query_id] for query_id in run])
         write_trec_run(staging.path / "run.trec", run, FUSED)
-        staging.facts |= {"weights": list(weights), "dev_RR@10": {"fused": fused, "dense": dense},
-                          "mode": "hybrid" if fused > dense else "dense"}
+        staging.facts |= {
+            "weights": list(weights),
+            "dev_RR@10": {"fused": fused, "dense": dense},
+            "mode": "hybrid" if fused > dense else "dense",
+        }
 
 
 def _evaluate(work: Work, split: str, systems: list[str]) -> None:
     runs = {system: work.run(split, system) for system in systems}
-    notes = [*_describe_labels(work), *_describe_fusion(work, split)]
+    examples, teacher = (
+        read_manifest(work.path(name), kind).facts for name, kind in (("examples", "examples"), ("teacher", "teacher"))
+    )
+    fusion = read_manifest(work.path("runs", split, FUSED), "run").facts
+    notes = [*describe_labels(examples, teacher), describe_fusion(fusion)]
     if split == "dev":
         notes.append("There is no test split: these are dev queries, on which weights and thresholds were chosen.")
-    compare_systems(runs, work.collection.qrels(split), split, work.config.evaluate, tuple(notes), work.path("report"),
-                    inputs={"collection": work.collection.fingerprint})
-
-
-def _describe_labels(work: Work) -> list[str]:
-    facts = read_manifest(work.path("examples"), "examples").facts
-    if facts["teacher"] is None:
-        return [f"No pseudo labels: {facts['note']}. Both stages ran on {facts['labelled']} labelled rows with margin-filtered negatives."]
-    verdicts = read_manifest(work.path("teacher"), "teacher").facts["verdicts"]
-    chosen = next(verdict for verdict in verdicts if verdict["name"] == facts["teacher"])
-    found = facts["calibration"]
-    lines = [
-        f"Teacher: {facts['teacher']}; dev RR@10 {chosen['rr10']:.4f}, student {verdicts[0]['rr10']:.4f}, p = {chosen['p_value']:.4f}.",
-        f"Rows: {facts['labelled']} labelled, {facts['pseudo']} pseudo-labelled of a pool of {facts['pool']}.",
-    ]
-    if found["precision"] is not None:
-        lines.append(f"Calibrated on {found['queries']} dev queries: precision {found['precision']:.2f} at a yield of {found['yield_share']:.0%}.")
-    if facts["hidden"] is not None:
-        hidden = facts["hidden"]
-        lines.append(f"Measured on hidden labels: {hidden['right']} of {hidden['checked']} pseudo positives are right ({hidden['precision']:.2f}).")
-    if not facts["pool"]:
-        lines.append("The pool is empty: stage 1 ran on the labelled queries with the teacher's labels.")
-    return lines
-
-
-def _describe_fusion(work: Work, split: str) -> list[str]:
-    facts = read_manifest(work.path("runs", split, FUSED), "run").facts
-    dense, words = facts["weights"]
-    return [f"PAIR + BM25: weights {dense:g} and {words:g}, chosen on dev; search uses {facts['mode']}."]
+    compare_systems(
+        runs,
+        work.collection.qrels(split),
+        split,
+        work.config.evaluate,
+        tuple(notes),
+        work.path("report"),
+        inputs={"collection": work.collection.fingerprint},
+    )
 
 
 def _warms(work: Work) -> bool:
@@ -297,5 +394,6 @@ def _count_training(work: Work) -> int:
 
 
 def _train_cost(costs: CostModel, steps: int, config: TrainConfig) -> Cost:
-    return costs.train(steps * config.gradient_accumulation_steps, config.per_device_train_batch_size, config.train_negatives)
-
+    return costs.train(
+        steps * config.gradient_accumulation_steps, config.per_device_train_batch_size, config.train_negatives
+    )

@@ -53,15 +53,24 @@ class Table:
             cells = "".join(f"{row.means[name]:10.4f}" for name in names)
             lines.append(f"{TITLES[row.system]:26}{cells}{_p(row.p_pair):>12}")
         lines.append("")
-        lines.append(f"{self.queries} {self.split} queries; p: two-sided paired randomisation test of {names[0]}, PAIR against the row.")
+        lines.append(
+            f"{self.queries} {self.split} queries; "
+            f"p: two-sided paired randomisation test of {names[0]}, PAIR against the row."
+        )
         if self.p_fused_bm25 is not None:
             lines.append(f"PAIR + BM25 against BM25: p = {_p(self.p_fused_bm25)}.")
         return "\n".join([*lines, *self.notes])
 
 
 def compare_systems(
-    runs: Mapping[str, Run], qrels: Qrels, split: str, config: EvaluateConfig, notes: tuple[str, ...], output: str | Path,
-    *, inputs: dict[str, str],
+    runs: Mapping[str, Run],
+    qrels: Qrels,
+    split: str,
+    config: EvaluateConfig,
+    notes: tuple[str, ...],
+    output: str | Path,
+    *,
+    inputs: dict[str, str],
 ) -> Table:
     """Measure all systems, test PAIR against each, and publish the table with the values per query.
 
@@ -78,11 +87,14 @@ def compare_systems(
     first = config.measures[0]
 
     def test(one: str, other: str) -> float:
-        return compute_p_value(values[one][first], values[other][first], resamples=config.resamples, seed=config.test_seed)
+        return compute_p_value(
+            values[one][first], values[other][first], resamples=config.resamples, seed=config.test_seed
+        )
 
     rows = tuple(
         Row(system, mean_measures(values[system]), None if system == MAIN else test(MAIN, system))
-        for system in TITLES if system in values
+        for system in TITLES
+        if system in values
     )
     fused = test("pair_bm25", "bm25") if "pair_bm25" in values else None
     table = Table(split, len(values[MAIN][first]), rows, notes, fused)
@@ -100,6 +112,51 @@ def read_table(folder: str | Path) -> Table:
     facts: dict[str, Any] = json.loads((Path(folder) / "table.json").read_text(encoding="utf-8"))
     rows = tuple(Row(**row) for row in facts.pop("rows"))
     return Table(rows=rows, notes=tuple(facts.pop("notes")), **facts)
+
+
+def describe_labels(examples: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+    """Return what the labels were made of, as sentences.
+
+    Args:
+        examples: facts of the examples' manifest.
+        teacher: facts of the teacher's manifest.
+    """
+    if examples["teacher"] is None:
+        return [
+            f"No pseudo labels: {examples['note']}. All stages ran on {examples['labelled']} labelled rows "
+            "with margin-filtered negatives."
+        ]
+    student = teacher["verdicts"][0]
+    chosen = next(verdict for verdict in teacher["verdicts"] if verdict["name"] == examples["teacher"])
+    found, hidden = examples["calibration"], examples["hidden"]
+    lines = [
+        f"Teacher: {chosen['name']}; re-ranking for {teacher['dev_queries']} dev queries it has RR@10 "
+        f"{chosen['rr10']:.4f}, the student {student['rr10']:.4f}, p = {_p(chosen['p_value'])}.",
+        f"Rows: {examples['labelled']} labelled, {examples['pseudo']} pseudo-labelled of a pool of {examples['pool']}.",
+    ]
+    if found["precision"] is not None:
+        lines.append(
+            f"Expected from {found['queries']} dev queries: {found['yield_share']:.0%} of the pool labelled, "
+            f"{found['precision']:.2f} of the pseudo positives right."
+        )
+    if hidden is not None:
+        lines.append(
+            f"Measured on hidden labels: {hidden['right']} of {hidden['checked']} pseudo positives are right "
+            f"({hidden['precision']:.2f})."
+        )
+    if not examples["pool"]:
+        lines.append("The pool is empty: stage 1 ran on the labelled queries with the teacher's labels.")
+    return lines
+
+
+def describe_fusion(facts: Mapping[str, Any]) -> str:
+    """Return which weights dev chose and what search uses.
+
+    Args:
+        facts: of the fused run's manifest.
+    """
+    dense, words = facts["weights"]
+    return f"PAIR + BM25: weights {dense:g} and {words:g}, chosen on dev; search uses {facts['mode']}."
 
 
 def _write_values(path: Path, values: PerQuery) -> None:

@@ -27,7 +27,7 @@ from pairdr.fusion import fused_reciprocal_ranks, standardise, tune_weights
 from pairdr.lexical import LexicalIndex
 from pairdr.measures import compute_p_value
 from pairdr.mine import Candidates
-from pairdr.records import Query, positives_of
+from pairdr.records import Passage, Query, positives_of
 from pairdr.teachers import (
     CrossEncoderTeacher,
     DualEncoderTeacher,
@@ -93,13 +93,19 @@ def choose_teacher(
     Returns:
         The verdicts; `teacher` is None where nothing beat the student.
     """
-    inputs = {"collection": collection.fingerprint, "encoder": student.fingerprint, "candidates": candidates.fingerprint}
+    inputs = {
+        "collection": collection.fingerprint,
+        "encoder": student.fingerprint,
+        "candidates": candidates.fingerprint,
+    }
     with publish(output, "teacher", options=config.as_dict(), inputs=inputs) as staging:
         base = DualEncoderTeacher(student, "student", _relative(student_folder, output))
         others: list[Teacher] = []
         if config.cross_encoder == "train":
             train_cross_encoder(collection, student_folder, candidates, config, staging.path / "cross_encoder")
-            others.append(CrossEncoderTeacher(str(staging.path / "cross_encoder"), "trained cross-encoder", model.device))
+            others.append(
+                CrossEncoderTeacher(str(staging.path / "cross_encoder"), "trained cross-encoder", model.device)
+            )
             others[-1].source = "cross_encoder"  # type: ignore[attr-defined]  # its place once published
         elif config.cross_encoder is not None:
             others.append(CrossEncoderTeacher(config.cross_encoder, "cross-encoder", model.device))
@@ -109,8 +115,10 @@ def choose_teacher(
         result = judge_teachers(collection, base, LexicalTeacher(collection, index), others, candidates, config)
         write_json(staging.path / RECIPE, result.teacher.describe() if result.teacher else None)
         staging.facts |= {
-            "accepted": result.accepted, "teacher": result.teacher.name if result.teacher else None,
-            "verdicts": [asdict(verdict) for verdict in result.verdicts], "dev_queries": result.queries,
+            "accepted": result.accepted,
+            "teacher": result.teacher.name if result.teacher else None,
+            "verdicts": [asdict(verdict) for verdict in result.verdicts],
+            "dev_queries": result.queries,
         }
     return result
 
@@ -124,8 +132,11 @@ def require_accepted(result: TeachResult) -> None:
     if not result.accepted:
         student, *others = result.verdicts
         best = max(others, key=lambda verdict: verdict.rr10, default=None)
-        found = "there is no other teacher at hand" if best is None else (
-            f"the best teacher, {best.name}, has RR@10 {best.rr10:.4f} (p = {best.p_value:.3f})")
+        found = (
+            "there is no other teacher at hand"
+            if best is None
+            else (f"the best teacher, {best.name}, has RR@10 {best.rr10:.4f} (p = {best.p_value:.3f})")
+        )
         raise RefusedError(
             f"No teacher beats the student on dev: the student has RR@10 {student.rr10:.4f}, {found}.",
             remedy="Name a stronger one with --cross-encoder or --dual-encoder, or train without pseudo labels.",
@@ -133,23 +144,31 @@ def require_accepted(result: TeachResult) -> None:
 
 
 def judge_teachers(
-    collection: Collection, student: Teacher, lexical: Teacher, others: Sequence[Teacher], candidates: Candidates, config: TeachConfig
+    collection: Collection,
+    student: Teacher,
+    lexical: Teacher,
+    others: Sequence[Teacher],
+    candidates: Candidates,
+    config: TeachConfig,
 ) -> TeachResult:
     """Score every teacher on dev and take the best one if it beats the student."""
     query_ids = sample_ids(collection.qrels("dev"), config.gate_queries, config.teach_seed)
     queries = [collection.query(query_id) for query_id in query_ids]
-    rows = [[collection.passage(hit.passage_id) for hit in candidates.student[q][: config.rerank_depth]] for q in query_ids]
+    rows = [
+        [collection.passage(hit.passage_id) for hit in candidates.student[q][: config.rerank_depth]] for q in query_ids
+    ]
     relevant: Relevant = [
         np.array([p.passage_id in positives_of(collection.qrels("dev"), q) for p in row], dtype=bool)
         for q, row in zip(query_ids, rows, strict=True)
     ]
     single = {teacher.name: (teacher, _standardised(teacher, queries, rows)) for teacher in (student, lexical, *others)}
-    systems = [(teacher, [teacher], [[s] for s in scores]) for teacher, scores in single.values()]
+    systems: list[tuple[Teacher | None, list[Teacher], Scored]] = [
+        (teacher, [teacher], [[s] for s in scores]) for teacher, scores in single.values()
+    ]
     if config.fusion:
-        for members in _list_fusions([name for name in single if name not in (student.name, lexical.name)], student.name, lexical.name):
-            teachers = [single[name][0] for name in members]
-            scores = [list(per_query) for per_query in zip(*(single[name][1] for name in members), strict=True)]
-            systems.append((None, teachers, scores))  # type: ignore[arg-type]
+        for names in _list_fusions([teacher.name for teacher in others], student.name, lexical.name):
+            scores = [list(per_query) for per_query in zip(*(single[name][1] for name in names), strict=True)]
+            systems.append((None, [single[name][0] for name in names], scores))
     baseline: dict[str, float] | None = None
     judged: list[tuple[Verdict, Teacher]] = []
     for teacher, members, scores in systems:
@@ -185,9 +204,16 @@ def train_cross_encoder(
     torch.manual_seed(config.teach_seed)
     model = CrossEncoder(str(body), num_labels=1, max_length=config.cross_encoder_length)
     arguments = CrossEncoderTrainingArguments(
-        output_dir=str(output), max_steps=config.cross_encoder_steps, per_device_train_batch_size=config.cross_encoder_batch,
-        learning_rate=config.cross_encoder_learning_rate, warmup_steps=0.1, seed=config.teach_seed, save_strategy="no",
-        logging_strategy="no", report_to="none", disable_tqdm=True,
+        output_dir=str(output),
+        max_steps=config.cross_encoder_steps,
+        per_device_train_batch_size=config.cross_encoder_batch,
+        learning_rate=config.cross_encoder_learning_rate,
+        warmup_steps=0.1,
+        seed=config.teach_seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
     )
     positives_share = config.cross_encoder_negatives
     loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(positives_share)))
@@ -222,12 +248,18 @@ def _make_pairs(collection: Collection, candidates: Candidates, config: TeachCon
     return Dataset.from_list(list(read()))
 
 
-def _standardised(teacher: Teacher, queries: Sequence[Query], rows: Any) -> list[npt.NDArray[np.float64]]:
+def _standardised(
+    teacher: Teacher, queries: Sequence[Query], rows: list[list[Passage]]
+) -> list[npt.NDArray[np.float64]]:
     return [standardise(scores) for scores in teacher.score(queries, rows)]
 
 
 def _list_fusions(others: Sequence[str], student: str, lexical: str) -> list[tuple[str, ...]]:
-    pairs = [(student, lexical), *((student, other) for other in others), *((student, lexical, other) for other in others)]
+    pairs = [
+        (student, lexical),
+        *((student, other) for other in others),
+        *((student, lexical, other) for other in others),
+    ]
     return pairs
 
 
@@ -240,7 +272,9 @@ def _cross_fit(scores: Scored, relevant: Relevant) -> tuple[npt.NDArray[np.float
     for chosen, judged in (halves, halves[::-1]):
         source = chosen if len(chosen) else judged
         weights = tune_weights([scores[i] for i in source], [relevant[i] for i in source])
-        values[list(judged)] = fused_reciprocal_ranks([scores[i] for i in judged], [relevant[i] for i in judged], weights)
+        values[list(judged)] = fused_reciprocal_ranks(
+            [scores[i] for i in judged], [relevant[i] for i in judged], weights
+        )
     return values, tune_weights(scores, relevant)
 
 

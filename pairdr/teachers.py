@@ -95,7 +95,9 @@ class CrossEncoderTeacher:
         try:
             self.model = CrossEncoder(source, device=device)
         except (OSError, ValueError) as error:
-            raise UsageError(f"The cross-encoder {source!r} cannot be loaded.", remedy="Name a folder or a hub name.") from error
+            raise UsageError(
+                f"The cross-encoder {source!r} cannot be loaded.", remedy="Name a folder or a hub name."
+            ) from error
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
         """Return the model's scores, after its own activation."""
@@ -104,8 +106,10 @@ class CrossEncoderTeacher:
             return [np.zeros(0) for _ in candidates]
         flat = np.asarray(self.model.predict(pairs, show_progress_bar=False), dtype=np.float64)
         if flat.ndim != 1:
-            raise UsageError(f"The cross-encoder {self.source!r} gives {flat.shape[1]} scores a pair, not one.",
-                             remedy="Use one with num_labels = 1.")
+            raise UsageError(
+                f"The cross-encoder {self.source!r} gives {flat.shape[1]} scores a pair, not one.",
+                remedy="Use one with num_labels = 1.",
+            )
         return list(np.split(flat, np.cumsum([len(row) for row in candidates])[:-1]))
 
     def describe(self) -> dict[str, Any]:
@@ -153,7 +157,9 @@ def load_teacher(
     if kind == "bm25":
         return LexicalTeacher(collection, index)
     if kind == "fusion":
-        return FusionTeacher([load_teacher(m, folder, collection, index, model) for m in recipe["members"]], recipe["weights"])
+        return FusionTeacher(
+            [load_teacher(m, folder, collection, index, model) for m in recipe["members"]], recipe["weights"]
+        )
     local = (Path(folder) / str(recipe.get("source"))).resolve()
     source = str(local) if local.exists() else str(recipe.get("source"))
     if kind == "cross_encoder":

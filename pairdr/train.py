@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pairdr.artefact import publish, read_manifest
+from pairdr.artefact import read_manifest
 from pairdr.batches import Batch, collate, plan_epoch
 from pairdr.collection import Collection
 from pairdr.config import StageConfig, TrainConfig
@@ -127,7 +127,8 @@ def train_model(
         rows = read_stage_examples(examples, stage)
         options = config.as_dict() | {"stage": stage.as_dict(), "max_steps": max_steps or config.max_steps}
         inputs = {
-            "collection": collection.fingerprint, "start": str(read_manifest(folder, "model").facts["encoder"]),
+            "collection": collection.fingerprint,
+            "start": str(read_manifest(folder, "model").facts["encoder"]),
             "examples": read_manifest(examples, "examples").fingerprint,
         }
         if not is_trained(place, options, inputs):
@@ -162,7 +163,11 @@ def count_steps(examples: int, config: TrainConfig) -> int:
 
 
 def run_stage(
-    collection: Collection, examples: Examples, encoder: DualEncoder, stage: StageConfig, config: TrainConfig,
+    collection: Collection,
+    examples: Examples,
+    encoder: DualEncoder,
+    stage: StageConfig,
+    config: TrainConfig,
     max_steps: int | None = None,
 ) -> list[dict[str, Any]]:
     """Train one stage in place and return its log: loss parts, learning rate, similarities, dev RR@10."""
@@ -171,7 +176,9 @@ def run_stage(
     torch.manual_seed(config.seed)
     encoder.set_dropout(config.dropout)
     optimizer = make_optimizer(encoder.model, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_rate(step, steps, config.warmup_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule_rate(step, steps, config.warmup_steps)
+    )
     dev = DevSample(collection, config)
     log: list[dict[str, Any]] = [{"step": 0, "stage": stage.name, "dev_RR@10": dev.measure(encoder)}]
     batches = read_batches(examples, config)
@@ -214,8 +221,14 @@ def compute_loss(
     positive, negative = passage[batch.positive.to(device)], passage[batch.negative.to(device)]  # [B, D], [B, K, D]
     masks = None if batch.masks is None else type(batch.masks)(*(mask.to(device) for mask in batch.masks))
     parts = pair_loss(
-        query, positive, negative, alpha=alpha, passage_negatives=config.passage_negatives,
-        temperature=encoder.temperature, negative_valid=batch.negative_valid.to(device), masks=masks,
+        query,
+        positive,
+        negative,
+        alpha=alpha,
+        passage_negatives=config.passage_negatives,
+        temperature=encoder.temperature,
+        negative_valid=batch.negative_valid.to(device),
+        masks=masks,
     )
     return parts, measure_similarities(query.detach(), positive.detach(), negative.detach(), batch.negative_valid)
 
@@ -243,12 +256,16 @@ def read_batches(examples: Examples, config: TrainConfig) -> Iterator[Batch]:
         for rows in plan_epoch(examples, size, config.seed, epoch):
             made += 1
             rng = random.Random(f"{config.seed}/{epoch}/{made}")
-            yield collate([examples[row] for row in rows], config.train_negatives, mask=config.mask_false_negatives, rng=rng)
+            yield collate(
+                [examples[row] for row in rows], config.train_negatives, mask=config.mask_false_negatives, rng=rng
+            )
         if not made:
             size //= 2
             if size < 2:
-                raise DataError(f"{len(examples)} examples do not make a batch of two rows with different queries and positives.",
-                                remedy="Give more labelled queries.")
+                raise DataError(
+                    f"{len(examples)} examples do not make a batch of two rows with different queries and positives.",
+                    remedy="Give more labelled queries.",
+                )
         else:
             epoch += 1
 
@@ -289,8 +306,10 @@ def _name_parts(parts: PairParts) -> dict[str, float]:
 
 def _require_finite(line: dict[str, Any], step: int) -> None:
     if not math.isfinite(line["loss"]):
-        raise PairdrError(f"The loss is {line['loss']} within 10 steps before step {step}.",
-                          remedy="Lower learning_rate, or check the start model; nothing was overwritten.")
+        raise PairdrError(
+            f"The loss is {line['loss']} within 10 steps before step {step}.",
+            remedy="Lower learning_rate, or check the start model; nothing was overwritten.",
+        )
 
 
 def _note(line: dict[str, Any]) -> str:

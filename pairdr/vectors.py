@@ -49,7 +49,8 @@ class VectorStore:
         if fingerprint != self.encoder:
             raise ArtefactError(
                 f"These vectors were made by encoder {self.encoder[:12]}, not by {fingerprint[:12]}.",
-                path=self.folder, remedy="Run pairdr encode with this model.",
+                path=self.folder,
+                remedy="Run pairdr encode with this model.",
             )
 
     def ids_of(self, rows: npt.NDArray[np.int64]) -> list[str]:

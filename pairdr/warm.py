@@ -20,8 +20,14 @@ NEGATIVES = 4
 
 
 def warm_student(
-    collection: Collection, index: LexicalIndex, start: str | Path, warm: WarmConfig, config: TrainConfig, output: str | Path,
-    *, device: str | None = None,
+    collection: Collection,
+    index: LexicalIndex,
+    start: str | Path,
+    warm: WarmConfig,
+    config: TrainConfig,
+    output: str | Path,
+    *,
+    device: str | None = None,
 ) -> DualEncoder:
     """Train the model that mines (RocketQA, step 1), and publish it with its examples beside it.
 
@@ -39,7 +45,9 @@ def warm_student(
     with publish(examples, "examples", options={"negatives": NEGATIVES}, inputs=inputs) as staging:
         staging.facts["plain"] = write_examples(staging.path / "plain.arrow", _label_with_words(collection, index))
     stage = StageConfig("warm", 0.0, ("plain",))
-    return train_model(collection, examples, start, (stage,), replace(config, max_steps=warm.warm_steps), output, device=device)
+    return train_model(
+        collection, examples, start, (stage,), replace(config, max_steps=warm.warm_steps), output, device=device
+    )
 
 
 def _label_with_words(collection: Collection, index: LexicalIndex) -> Iterator[Example]:

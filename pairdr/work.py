@@ -87,7 +87,12 @@ class Work:
         """Note that a step is done and return its artefact's fingerprint."""
         fingerprint = read_manifest(output).fingerprint
         state = self._state()
-        state[name] = {"key": key, "fingerprint": fingerprint, "seconds": round(seconds, 1), "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+        state[name] = {
+            "key": key,
+            "fingerprint": fingerprint,
+            "seconds": round(seconds, 1),
+            "at": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         replace_file(self.path(STATE), json.dumps(state, indent=1) + "\n")
         return fingerprint
 
@@ -102,5 +107,7 @@ class Work:
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ArtefactError("The record of finished steps cannot be read.", path=path, remedy="Delete it; all steps run again.") from error
+            raise ArtefactError(
+                "The record of finished steps cannot be read.", path=path, remedy="Delete it; all steps run again."
+            ) from error
         return state

@@ -19,10 +19,10 @@ PACKAGE = ROOT / "pairdr"
 
 # A module imports only from rooms named before its own. A folder is one room: its files may share a contract.
 ROOMS = (
-    *("errors", "records", "config", "formats", "artefact", "collection", "lexical", "sources", "measures"),
-    *("losses", "encoder", "costs", "vectors", "indexes", "teachers", "batches"),
-    *("check", "encode", "index", "search", "evaluate", "mine", "teach", "label", "train"),
-    *("pipeline", "cli", "__init__"),
+    *("errors", "records", "config", "formats", "artefact", "progress", "collection", "sources", "measures", "fusion"),
+    *("losses", "encoder", "vectors", "indexes", "lexical", "teachers", "batches"),
+    *("check", "costs", "encode", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
+    *("table", "work", "steps", "pipeline", "commands", "cli", "__init__"),
 )
 
 # None of these may load torch when it is imported.

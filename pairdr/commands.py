@@ -1,0 +1,402 @@
+"""What each command does. Each imports only what it needs; its options come from config.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from pairdr.config import (
+    DataConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    LabelConfig,
+    LexicalConfig,
+    MineConfig,
+    ModelConfig,
+    RunConfig,
+    SearchConfig,
+    TeachConfig,
+    TrainConfig,
+    WarmConfig,
+    list_stages,
+)
+from pairdr.errors import RefusedError, UsageError
+
+if TYPE_CHECKING:
+    from pairdr.collection import Collection
+    from pairdr.encoder import DualEncoder
+    from pairdr.lexical import LexicalIndex
+    from pairdr.pipeline import RunResult
+
+FLAT = Parameter(name="*")
+OUTPUT = Parameter(name=["--output", "-o"], help="Folder to write.")
+
+
+def run(
+    data: Path,
+    *,
+    output: Annotated[Path, OUTPUT],
+    config: Annotated[Path | None, Parameter(help="A TOML file of options; those given here win.")] = None,
+    dry_run: Annotated[bool, Parameter(help="Say what would run, with predicted time and memory.")] = False,
+    arms: Annotated[tuple[str, ...], Parameter(help="Models to train: pair, labelled_only, query_centric, or all.")] = (
+        "pair",
+    ),
+    data_options: Annotated[DataConfig, FLAT] = DataConfig(),
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+    lexical: Annotated[LexicalConfig, FLAT] = LexicalConfig(),
+    warm: Annotated[WarmConfig, FLAT] = WarmConfig(),
+    mine: Annotated[MineConfig, FLAT] = MineConfig(),
+    teach: Annotated[TeachConfig, FLAT] = TeachConfig(),
+    label: Annotated[LabelConfig, FLAT] = LabelConfig(),
+    train: Annotated[TrainConfig, FLAT] = TrainConfig(),
+    encode: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
+    search: Annotated[SearchConfig, FLAT] = SearchConfig(),
+    evaluate: Annotated[EvaluateConfig, FLAT] = EvaluateConfig(),
+) -> None:
+    """Walk the whole way from a BEIR folder to a measured retriever; skip what is done.
+
+    Parameters
+    ----------
+    data
+        BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv.
+    """
+    del config  # read before the options are parsed: see main
+    options = RunConfig(data_options, model, lexical, warm, mine, teach, label, train, encode, search, evaluate, arms)
+    from pairdr.pipeline import format_plan, plan_run, run_pipeline
+
+    _quiet_libraries()
+    if dry_run:
+        _print(format_plan(plan_run(data, output, options)))
+    else:
+        _print_result(run_pipeline(data, output, options))
+
+
+def demo(
+    *,
+    output: Annotated[Path, OUTPUT] = Path("demo"),
+    arms: Annotated[tuple[str, ...], Parameter(help="Models to train.")] = ("labelled_only", "pair"),
+) -> None:
+    """Walk the whole way on the documentation of Python and its libraries: offline, minutes on a laptop."""
+    from pairdr.pipeline import run_demo
+
+    _quiet_libraries()
+    _print_result(run_demo(output, arms))
+    _print(f'Try it: pairdr search {output} "how do I fit a straight line to points"')
+
+
+def check(
+    data: Path,
+    *,
+    output: Annotated[Path | None, OUTPUT] = None,
+    data_options: Annotated[DataConfig, FLAT] = DataConfig(),
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+) -> int:
+    """Report what is wrong with a data set; end with 1 on what would corrupt training."""
+    from pairdr.check import check_collection
+    from pairdr.collection import open_collection
+
+    report = check_collection(open_collection(data, data_options, strict=False), model, output)
+    _print("\n".join(f"{name:44}{value}" for name, value in report.facts.items()))
+    _print(
+        "\n".join([*(f"warning: {text}" for text in report.warnings), *(f"error: {text}" for text in report.errors)])
+        or "sound"
+    )
+    return 1 if report.errors else 0
+
+
+def mine(
+    data: Path,
+    *,
+    output: Annotated[Path, OUTPUT],
+    data_options: Annotated[DataConfig, FLAT] = DataConfig(),
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+    lexical: Annotated[LexicalConfig, FLAT] = LexicalConfig(),
+    encode: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
+    options: Annotated[MineConfig, FLAT] = MineConfig(),
+) -> None:
+    """Find candidates for every query with the student (--start) and BM25, and hard negatives for the labelled ones."""
+    from pairdr.artefact import read_manifest
+    from pairdr.encode import encode_corpus
+    from pairdr.mine import mine_candidates
+
+    collection, encoder, index = _open_parts(data, data_options, model, lexical, output)
+    store = encode_corpus(collection, encoder, encode, _beside(output, "vectors"))
+    mine_candidates(collection, encoder, store, index, options, output)
+    _print_facts(read_manifest(output).facts)
+
+
+def teach(
+    data: Path,
+    candidates: Path,
+    *,
+    output: Annotated[Path, OUTPUT],
+    data_options: Annotated[DataConfig, FLAT] = DataConfig(),
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+    lexical: Annotated[LexicalConfig, FLAT] = LexicalConfig(),
+    options: Annotated[TeachConfig, FLAT] = TeachConfig(),
+) -> None:
+    """Train or load teachers, judge them on dev, keep the best; end with 1 if none beats the student.
+
+    Parameters
+    ----------
+    candidates
+        What `pairdr mine` wrote, or a TREC run of the student.
+    """
+    from pairdr.mine import open_candidates
+    from pairdr.teach import choose_teacher, require_accepted
+
+    collection, encoder, index = _open_parts(data, data_options, model, lexical, output)
+    student = _beside(output, "student")
+    encoder.save(student, options=model.as_dict(), inputs={})
+    result = choose_teacher(
+        collection, encoder, student, index, open_candidates(candidates, collection), model, options, output
+    )
+    for verdict in result.verdicts:
+        _print(
+            f"{verdict.name:48}RR@10 {verdict.rr10:.4f}"
+            + ("" if verdict.p_value is None else f"  p = {verdict.p_value:.4f}")
+        )
+    require_accepted(result)
+    _print(f"teacher: {result.teacher.name if result.teacher else 'none'}")
+
+
+def label(
+    data: Path,
+    candidates: Path,
+    teacher: Path,
+    *,
+    output: Annotated[Path, OUTPUT],
+    data_options: Annotated[DataConfig, FLAT] = DataConfig(),
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+    lexical: Annotated[LexicalConfig, FLAT] = LexicalConfig(),
+    options: Annotated[LabelConfig, FLAT] = LabelConfig(),
+) -> None:
+    """Turn a teacher's scores into training examples: pseudo positives, denoised negatives.
+
+    Parameters
+    ----------
+    candidates
+        What `pairdr mine` wrote, or a TREC run.
+    teacher
+        What `pairdr teach` wrote.
+    """
+    from pairdr.artefact import read_manifest
+    from pairdr.collection import open_collection
+    from pairdr.label import label_examples
+    from pairdr.lexical import index_words
+    from pairdr.mine import open_candidates
+    from pairdr.teach import read_recipe
+    from pairdr.teachers import load_teacher
+
+    _quiet_libraries()
+    collection = open_collection(data, data_options)
+    recipe = read_recipe(teacher)
+    if recipe is None:
+        raise RefusedError(
+            "This teacher did not beat the student.", path=teacher, remedy="Run pairdr teach with a stronger one."
+        )
+    index = index_words(collection, lexical, _beside(output, "bm25"))
+    judge = load_teacher(recipe, teacher, collection, index, model)
+    fingerprint = read_manifest(teacher).fingerprint
+    _print_facts(
+        label_examples(
+            collection, open_candidates(candidates, collection), judge, options, output, teacher_fingerprint=fingerprint
+        )
+    )
+
+
+def train(
+    data: Path,
+    examples: Path,
+    *,
+    output: Annotated[Path, OUTPUT],
+    arm: Annotated[Literal["pair", "query_centric", "labelled_only"], Parameter(help="Which stages to run.")] = "pair",
+    data_options: Annotated[DataConfig, FLAT] = DataConfig(),
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+    options: Annotated[TrainConfig, FLAT] = TrainConfig(),
+) -> None:
+    """Train a model through PAIR's stages.
+
+    Parameters
+    ----------
+    data
+        BEIR folder.
+
+    Examples:
+        What `pairdr label` wrote.
+    """
+    from pairdr.artefact import read_manifest
+    from pairdr.collection import open_collection
+    from pairdr.encoder import DualEncoder
+    from pairdr.train import train_model
+
+    _quiet_libraries()
+    collection = open_collection(data, data_options)
+    start = _beside(output, "start")
+    DualEncoder.load(model).save(start, options=model.as_dict(), inputs={})
+    train_model(collection, examples, start, list_stages(arm, options), options, output, device=model.device)
+    _print_facts(read_manifest(output).facts["summary"])
+
+
+def encode(
+    data: Path,
+    *,
+    output: Annotated[Path, OUTPUT],
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+    options: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
+) -> None:
+    """Encode a corpus with a model (--start); an interrupted call goes on where it stopped."""
+    from pairdr.collection import open_collection
+    from pairdr.encode import encode_corpus
+    from pairdr.encoder import DualEncoder
+
+    _quiet_libraries()
+    store = encode_corpus(open_collection(data), DualEncoder.load(model), options, output)
+    _print(f"{store.count} vectors of {store.dimensions} dimensions in {output}")
+
+
+def search(
+    place: Path,
+    question: str | None = None,
+    *,
+    k: Annotated[int, Parameter(name=["-k", "--k"], help="Passages per question.")] = 10,
+    mode: Annotated[Literal["dense", "bm25", "hybrid"] | None, Parameter(help="Unset: what won on dev.")] = None,
+    as_json: Annotated[
+        bool, Parameter(name="--json", negative="", help="One JSON object a line, for machines.")
+    ] = False,
+    data: Annotated[
+        Path | None, Parameter(help="With vectors as PLACE: the BEIR folder whose --split is searched for.")
+    ] = None,
+    split: Annotated[str, Parameter(help="Queries of this split.")] = "test",
+    output: Annotated[Path | None, OUTPUT] = None,
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+) -> None:
+    """Search a work folder for one question, or vectors for all queries of a split (a TREC run).
+
+    Parameters
+    ----------
+    place
+        A work folder of `pairdr run`, or vectors of `pairdr encode`.
+    """
+    from pairdr.search import Searcher
+
+    _quiet_libraries()
+    if question is None:
+        _search_split(place, data, split, output, model, k)
+        return
+    for rank, hit in enumerate(Searcher.open(place).search(question, k, mode), start=1):
+        if as_json:
+            _print(
+                json.dumps(
+                    {
+                        "rank": rank,
+                        "passage_id": hit.passage_id,
+                        "score": hit.score,
+                        "title": hit.passage.title,
+                        "text": hit.passage.text,
+                    }
+                )
+            )
+        else:
+            text = " ".join(hit.passage.text.split())
+            _print(
+                f"{rank:3}  {hit.score:8.4f}  {hit.passage_id}  {hit.passage.title}\n"
+                f"     {text[:160]}{'...' if len(text) > 160 else ''}"
+            )
+
+
+def evaluate(
+    run_file: Path,
+    qrels: Path,
+    *,
+    output: Annotated[Path | None, OUTPUT] = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="For machines.")] = False,
+    options: Annotated[EvaluateConfig, FLAT] = EvaluateConfig(),
+) -> None:
+    """Measure a run (TREC, or our Arrow form) against labels (BEIR or TREC).
+
+    Parameters
+    ----------
+    run_file
+        The run.
+    qrels
+        The labels.
+    """
+    from pairdr.evaluate import evaluate_run
+    from pairdr.formats import read_qrels, read_run
+    from pairdr.measures import mean_measures
+
+    path = run_file / "run.arrow" if run_file.is_dir() else run_file
+    means = mean_measures(evaluate_run(read_run(path), read_qrels(qrels), options, output))
+    _print(json.dumps(means) if as_json else "\n".join(f"{name:12}{value:.4f}" for name, value in means.items()))
+
+
+def verify(folder: Path) -> None:
+    """Check the sha256 of every file of an output folder."""
+    from pairdr.artefact import verify_artefact
+
+    manifest = verify_artefact(folder)
+    _print(f"{len(manifest.files)} files are as they were written ({manifest.kind}, {manifest.fingerprint[:12]})")
+
+
+def _open_parts(
+    data: Path, options: DataConfig, model: ModelConfig, lexical: LexicalConfig, output: Path
+) -> tuple[Collection, DualEncoder, LexicalIndex]:
+    from pairdr.collection import open_collection
+    from pairdr.encoder import DualEncoder
+    from pairdr.lexical import index_words
+
+    _quiet_libraries()
+    collection = open_collection(data, options)
+    return collection, DualEncoder.load(model), index_words(collection, lexical, _beside(output, "bm25"))
+
+
+def _search_split(place: Path, data: Path | None, split: str, output: Path | None, model: ModelConfig, k: int) -> None:
+    if data is None or output is None:
+        raise UsageError("Name a question, or --data and --output to search for a whole split.")
+    from pairdr.collection import open_collection
+    from pairdr.encoder import DualEncoder
+    from pairdr.search import rank_dense, write_search
+    from pairdr.vectors import VectorStore
+
+    collection, store = open_collection(data), VectorStore(place)
+    config = SearchConfig(k=k)
+    queries = [collection.query(query_id) for query_id in collection.qrels(split)]
+    blocks = rank_dense(queries, DualEncoder.load(model), store, config)
+    inputs = {"vectors": store.fingerprint, "collection": collection.fingerprint}
+    found = write_search(blocks, config, output, total=len(queries), inputs=inputs, options={"split": split})
+    _print(f"{len(found)} queries in {output}/run.trec")
+
+
+def _beside(output: Path, name: str) -> Path:
+    """Return the place of a part that a command makes on its way."""
+    return output.parent / f"{output.name}.{name}"
+
+
+def _print_result(result: RunResult) -> None:
+    _print(result.table.format())
+    if result.steps_run:
+        _print(f"\n{len(result.steps_run)} steps ran. The work folder is {result.work}.")
+    else:
+        _print(f"\nNothing to do: everything in {result.work} is up to date.")
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    _print("\n".join(f"{name:44}{value}" for name, value in facts.items()))
+
+
+def _quiet_libraries() -> None:
+    """Turn off the libraries' own bars and advice; pairdr shows its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
