@@ -155,13 +155,8 @@ def teach(
     result = choose_teacher(
         collection, encoder, student, index, open_candidates(candidates, collection), model, options, output
     )
-    for verdict in result.verdicts:
-        _print(
-            f"{verdict.name:48}RR@10 {verdict.rr10:.4f}"
-            + ("" if verdict.p_value is None else f"  p = {verdict.p_value:.4f}")
-        )
+    _print(result.format())
     require_accepted(result)
-    _print(f"teacher: {result.teacher.name if result.teacher else 'none'}")
 
 
 def label(
@@ -379,10 +374,8 @@ def _beside(output: Path, name: str) -> Path:
 
 def _print_result(result: RunResult) -> None:
     _print(result.table.format())
-    if result.steps_run:
-        _print(f"\n{len(result.steps_run)} steps ran. The work folder is {result.work}.")
-    else:
-        _print(f"\nNothing to do: everything in {result.work} is up to date.")
+    done = f"{len(result.steps_run)} steps ran." if result.steps_run else "Nothing to do: everything is up to date."
+    _print(f"\n{done} The work folder is {result.work}.")
 
 
 def _print_facts(facts: dict[str, Any]) -> None:

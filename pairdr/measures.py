@@ -86,7 +86,7 @@ def compute_p_value(
     Args:
         first: query_id to value.
         second: query_id to value, of the same queries.
-        resamples: random sign changes; the smallest p-value is 1 / (resamples + 1).
+        resamples: random sign changes; the smallest p-value is 2 / (resamples + 1).
         seed: of the sign changes.
 
     Raises:

@@ -34,6 +34,8 @@ from pairdr.warm import warm_student
 from pairdr.work import Work
 
 FUSED = "pair_bm25"
+POOL_SHARE = 0.5
+"""Share of the pool that is taken to get a pseudo label when costs are predicted."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,9 @@ def _list_labelling(work: Work) -> list[Step]:
             config.model,
             teaching,
             work.path("teacher"),
+            store=work.store(student),
         )
-        for verdict in result.verdicts:
-            p_value = "" if verdict.p_value is None else f"  p = {verdict.p_value:.4f}"
-            say(f"  {verdict.name}: RR@10 {verdict.rr10:.4f}{p_value}")
-        say(f"  teacher: {result.teacher.name if result.teacher else 'none beats the student'}")
+        say(result.format())
 
     gate = config.teach
     queries = _count_training(work)
@@ -193,7 +193,7 @@ def _list_training(work: Work) -> list[Step]:
                 options,
                 ("collection", "label", "start"),
                 partial(_train, work, arm),
-                lambda costs: _train_cost(costs, 2 * count_steps(_count_training(work), config.train), config.train),
+                lambda costs: _train_cost(costs, 2 * count_steps(_count_rows(work), config.train), config.train),
             ),
             _encode_step(work, arm, f"train {arm}"),
         ]
@@ -204,14 +204,8 @@ def _list_comparison(work: Work) -> list[Step]:
     config = work.config
     split = table_split(work)
     models = ["start", *(["whole"] if config.model.layers is not None else []), *list_arms(config)]
-    steps = [
-        _search_step(work, at, system)
-        for at, system in [
-            (split, "bm25"),
-            *((split, model) for model in models),
-            *((("dev", "bm25"), ("dev", "pair")) if split != "dev" else ()),
-        ]
-    ]
+    pairs = [(split, "bm25"), *((split, model) for model in models), ("dev", "bm25"), ("dev", "pair")]
+    steps = [_search_step(work, at, system) for at, system in dict.fromkeys(pairs)]
     fused = Step(
         "fuse",
         f"runs/{split}/{FUSED}",
@@ -298,7 +292,7 @@ def _label(work: Work) -> None:
         teacher_fingerprint=read_manifest(folder).fingerprint,
     )
     if recipe is not None:
-        teacher = load_teacher(recipe, folder, data, work.index, config.model)
+        teacher = load_teacher(recipe, folder, data, work.index, config.model, work.store(_student(work)))
         try:
             facts = label(teacher=teacher)
         except RefusedError as error:
@@ -390,7 +384,11 @@ def table_split(work: Work) -> str:
 
 
 def _count_training(work: Work) -> int:
-    return len(work.collection.labels("train")) + len(work.collection.pool)
+    return len(work.collection.qrels("train")) + len(work.collection.pool)
+
+
+def _count_rows(work: Work) -> int:
+    return len(work.collection.qrels("train")) + round(POOL_SHARE * len(work.collection.pool))
 
 
 def _train_cost(costs: CostModel, steps: int, config: TrainConfig) -> Cost:

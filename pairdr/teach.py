@@ -32,10 +32,12 @@ from pairdr.teachers import (
     CrossEncoderTeacher,
     DualEncoderTeacher,
     FusionTeacher,
+    KnownVectors,
     LexicalTeacher,
     Teacher,
     load_dual_encoder,
 )
+from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,6 +69,14 @@ class TeachResult:
         """Return whether a teacher beat the student."""
         return self.teacher is not None
 
+    def format(self) -> str:
+        """Return the verdicts as text, the taken teacher last."""
+        lines = [
+            f"  {v.name:48}RR@10 {v.rr10:.4f}" + ("" if v.p_value is None else f"  p = {v.p_value:.4f}")
+            for v in self.verdicts
+        ]
+        return "\n".join([*lines, f"  teacher: {self.teacher.name if self.teacher else 'none beats the student'}"])
+
 
 def choose_teacher(
     collection: Collection,
@@ -77,6 +87,8 @@ def choose_teacher(
     model: ModelConfig,
     config: TeachConfig,
     output: str | Path,
+    *,
+    store: VectorStore | None = None,
 ) -> TeachResult:
     """Train or load the teachers, judge them on dev, and publish the recipe of the best one.
 
@@ -89,6 +101,7 @@ def choose_teacher(
         model: lengths and prefixes for further dual encoders.
         config: which teachers, and the gate.
         output: the teacher's folder.
+        store: the student's vectors of the corpus, which spare encoding it again.
 
     Returns:
         The verdicts; `teacher` is None where nothing beat the student.
@@ -99,7 +112,8 @@ def choose_teacher(
         "candidates": candidates.fingerprint,
     }
     with publish(output, "teacher", options=config.as_dict(), inputs=inputs) as staging:
-        base = DualEncoderTeacher(student, "student", _relative(student_folder, output))
+        known = KnownVectors(collection, store) if store is not None else None
+        base = DualEncoderTeacher(student, "student", _relative(student_folder, output), known)
         others: list[Teacher] = []
         if config.cross_encoder == "train":
             train_cross_encoder(collection, student_folder, candidates, config, staging.path / "cross_encoder")
@@ -111,7 +125,7 @@ def choose_teacher(
             others.append(CrossEncoderTeacher(config.cross_encoder, "cross-encoder", model.device))
         if config.dual_encoder is not None:
             larger = load_dual_encoder(config.dual_encoder, model)
-            others.append(DualEncoderTeacher(larger, "larger dual encoder", config.dual_encoder))
+            others.append(DualEncoderTeacher(larger, "larger dual encoder", _relative(config.dual_encoder, output)))
         result = judge_teachers(collection, base, LexicalTeacher(collection, index), others, candidates, config)
         write_json(staging.path / RECIPE, result.teacher.describe() if result.teacher else None)
         staging.facts |= {

@@ -7,6 +7,7 @@ candidates of one query; calibration (label.py) finds out what a score is worth.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from pairdr.errors import UsageError
 from pairdr.fusion import standardise
 from pairdr.lexical import LexicalIndex
 from pairdr.records import Passage, Query
+from pairdr.vectors import VectorStore
 
 Scores = npt.NDArray[np.float64]
 
@@ -40,28 +42,49 @@ class Teacher(Protocol):
         """Return what `load_teacher` needs to make it again."""
 
 
-class DualEncoderTeacher:
-    """Inner products of a dual encoder; a passage is encoded once, however many queries it is a candidate of."""
+@dataclass(frozen=True)
+class KnownVectors:
+    """Vectors of a corpus that are there already."""
 
-    def __init__(self, encoder: DualEncoder, name: str, source: str) -> None:
+    collection: Collection
+    store: VectorStore
+
+    def take(self, passages: Sequence[Passage]) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of passages."""
+        rows = [self.collection.passages.row_of(passage.passage_id) for passage in passages]
+        return self.store.take(np.array(rows, dtype=np.int64))
+
+
+class DualEncoderTeacher:
+    """Inner products of a dual encoder; a passage is encoded once, however many queries it is a candidate of.
+
+    With `known`, vectors of the corpus by this encoder, passages are not encoded at all.
+    """
+
+    def __init__(self, encoder: DualEncoder, name: str, source: str, known: KnownVectors | None = None) -> None:
         self.encoder, self.name, self.source = encoder, name, source
+        self._known = known if known is not None and known.store.encoder == encoder.fingerprint else None
         self._vectors: dict[str, npt.NDArray[np.float32]] = {}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
         """Return the similarities."""
-        missing = {p.passage_id: p for row in candidates for p in row if p.passage_id not in self._vectors}
-        if missing:
-            found = self.encoder.encode_passages(list(missing.values()))
-            self._vectors |= dict(zip(missing, found, strict=True))
         vectors = self.encoder.encode_queries([query.text for query in queries])  # [Q, D]
-        return [
-            np.array([float(vector @ self._vectors[p.passage_id]) for p in row])
-            for vector, row in zip(vectors, candidates, strict=True)
-        ]
+        passages = (
+            [self._known.take(row) for row in candidates] if self._known else self._encode(candidates)
+        )  # [n, D] each
+        return [(found @ vector).astype(np.float64) for vector, found in zip(vectors, passages, strict=True)]
 
     def describe(self) -> dict[str, Any]:
         """Return kind and source."""
         return {"kind": "dual_encoder", "name": self.name, "source": self.source}
+
+    def _encode(self, candidates: Sequence[Sequence[Passage]]) -> list[npt.NDArray[np.float32]]:
+        missing = {p.passage_id: p for row in candidates for p in row if p.passage_id not in self._vectors}
+        if missing:
+            found = self.encoder.encode_passages(list(missing.values()))
+            self._vectors |= dict(zip(missing, found, strict=True))
+        none = np.empty((0, self.encoder.contract.dimensions), dtype=np.float32)
+        return [np.stack([self._vectors[p.passage_id] for p in row]) if row else none for row in candidates]
 
 
 class LexicalTeacher:
@@ -139,7 +162,12 @@ class FusionTeacher:
 
 
 def load_teacher(
-    recipe: dict[str, Any], folder: str | Path, collection: Collection, index: LexicalIndex, model: ModelConfig
+    recipe: dict[str, Any],
+    folder: str | Path,
+    collection: Collection,
+    index: LexicalIndex,
+    model: ModelConfig,
+    store: VectorStore | None = None,
 ) -> Teacher:
     """Make a teacher again from its description.
 
@@ -149,6 +177,7 @@ def load_teacher(
         collection: the data that BM25 scores.
         index: BM25.
         model: lengths and prefixes of a dual encoder that pairdr did not save.
+        store: the student's vectors of the corpus, which spare encoding it again.
 
     Raises:
         UsageError: a kind that this version does not know.
@@ -157,20 +186,18 @@ def load_teacher(
     if kind == "bm25":
         return LexicalTeacher(collection, index)
     if kind == "fusion":
-        return FusionTeacher(
-            [load_teacher(m, folder, collection, index, model) for m in recipe["members"]], recipe["weights"]
-        )
+        members = [load_teacher(member, folder, collection, index, model, store) for member in recipe["members"]]
+        return FusionTeacher(members, recipe["weights"])
     local = (Path(folder) / str(recipe.get("source"))).resolve()
     source = str(local) if local.exists() else str(recipe.get("source"))
     if kind == "cross_encoder":
         return CrossEncoderTeacher(source, recipe["name"], model.device)
     if kind == "dual_encoder":
-        return DualEncoderTeacher(load_dual_encoder(source, model), recipe["name"], recipe["source"])
+        known = KnownVectors(collection, store) if store is not None else None
+        return DualEncoderTeacher(load_dual_encoder(source, model), recipe["name"], recipe["source"], known)
     raise UsageError(f"Unknown kind of teacher {kind!r}.", path=folder, remedy="Run pairdr teach again.")
 
 
 def load_dual_encoder(source: str, model: ModelConfig) -> DualEncoder:
     """Load a dual encoder, whole, with the lengths and the title form of the student."""
-    from dataclasses import replace
-
     return DualEncoder.load(replace(model, start=source, layers=None))

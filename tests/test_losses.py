@@ -423,9 +423,8 @@ def test_shapes_that_do_not_fit_are_refused(loss: Callable[..., Any], case: str)
 
 
 def features_of(model: Any, *columns: list[str]) -> list[dict[str, Tensor]]:
-    return [
-        {key: value for key, value in model.preprocess(texts).items() if torch.is_tensor(value)} for texts in columns
-    ]
+    batches = (model.preprocess(texts) for texts in columns)
+    return [{key: value for key, value in batch.items() if torch.is_tensor(value)} for batch in batches]
 
 
 def test_pair_loss_parts_sum_to_the_mix_of_the_models_vectors(tiny_model: Path) -> None:
