@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ def require_sound(report: CheckReport, name: str) -> None:
 
 
 def _count_texts(collection: Collection, report: CheckReport) -> None:
-    empty, hashes = 0, []
+    empty, hashes = 0, array("Q")
     for block in collection.read_passages():
         for passage in block:
             text = normalise_text(passage.joined)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -47,11 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), error.exit_code)
     except CycloptsError as error:
         _fail(_first_pairdr_error(error) or str(error), 2)
+    except BrokenPipeError:  # the reader of our output has closed it: `pairdr search ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        _fail(f"{error.filename or 'The system'}: {error.strerror or error}. Check the place and its rights.", 1)
     except KeyboardInterrupt:
         _fail("Interrupted. What was finished stays; the same command goes on from there.", 130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
     else:
         sys.exit(outcome if isinstance(outcome, int) else 0)
 
@@ -96,5 +99,5 @@ def _first_pairdr_error(error: BaseException) -> str | None:
 
 
 def _fail(text: str, code: int) -> None:
-    print(f"pairdr: {text}", file=sys.stderr)
+    sys.stderr.write(f"pairdr: {text}\n")
     sys.exit(code)

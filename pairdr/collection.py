@@ -15,6 +15,7 @@ import os
 import random
 import re
 import unicodedata
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -41,9 +42,9 @@ def normalise_text(text: str) -> str:
     return _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).lower()).strip()
 
 
-def hash_text(text: str) -> np.uint64:
+def hash_text(text: str) -> int:
     """Return a 64-bit hash, the same on every machine."""
-    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class TextTable:
@@ -76,7 +77,7 @@ class TextTable:
 
     def find_row(self, text_id: str) -> int | None:
         """Return the row of an id, or None."""
-        key = hash_text(text_id)
+        key = np.uint64(hash_text(text_id))
         place = int(np.searchsorted(self._hashes, key))
         while place < len(self._hashes) and self._hashes[place] == key:
             row = int(self._rows[place])
@@ -320,7 +321,7 @@ def _convert(inputs: dict[str, Path], staging: Staging) -> None:
 def _write_table(folder: Path, name: str, columns: tuple[str, ...], rows: Iterable[tuple[int, list[str]]]) -> list[str]:
     """Write one table with its id index; return the ids that occur twice."""
     schema = pa.schema([*((column, pa.large_string()) for column in columns)])
-    hashes: list[np.uint64] = []
+    hashes = array("Q")
     path = folder / f"{name}.arrow"
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
 
@@ -329,7 +330,7 @@ def _write_table(folder: Path, name: str, columns: tuple[str, ...], rows: Iterab
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
         _in_blocks((row for _, row in rows), flush, hashes)
-    keys = np.array(hashes, dtype=np.uint64)
+    keys = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.zeros(0, dtype=np.uint64)
     order = np.argsort(keys, kind="stable")
     np.save(folder / f"{name}.hashes.npy", keys[order])
     np.save(folder / f"{name}.rows.npy", order)
@@ -341,7 +342,7 @@ def _write_table(folder: Path, name: str, columns: tuple[str, ...], rows: Iterab
     return _find_duplicates(ids, keys, order)
 
 
-def _in_blocks(rows: Iterable[list[str]], flush: Callable[[list[list[str]]], None], hashes: list[np.uint64]) -> None:
+def _in_blocks(rows: Iterable[list[str]], flush: Callable[[list[list[str]]], None], hashes: array[int]) -> None:
     block: list[list[str]] = []
     for row in rows:
         hashes.append(hash_text(row[0]))

@@ -7,7 +7,7 @@ not answer counts as 0, and the order of the run decides, not the order an engin
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,10 +43,12 @@ def measure_run(run: Run, qrels: Qrels, measures: Sequence[str]) -> PerQuery:
     if not judged:
         raise DataError("No query of the labels has a relevant passage.", remedy="Check the qrels.")
     values: PerQuery = {name: dict.fromkeys(judged, 0.0) for name in measures}
-    names = dict(zip(parsed, measures, strict=True))
     ranked = {query_id: _scores_by_rank(run, query_id) for query_id in judged if query_id in run}
-    for metric in ir_measures.iter_calc(parsed, judged, ranked):
-        values[names[metric.measure]][metric.query_id] = float(metric.value)
+    found: dict[ir_measures.Measure, dict[str, float]] = {measure: {} for measure in parsed}
+    for metric in ir_measures.iter_calc(list(found), judged, ranked):
+        found[metric.measure][metric.query_id] = float(metric.value)
+    for name, measure in zip(measures, parsed, strict=True):
+        values[name] |= found[measure]  # MRR@10 and RR@10 are two names of one measure
     return values
 
 
@@ -54,15 +56,21 @@ def parse_measures(measures: Iterable[str]) -> list[ir_measures.Measure]:
     """Return ir_measures' objects for measure names.
 
     Raises:
-        UsageError: naming all names that are unknown.
+        UsageError: naming all that are unknown, lack their cutoff, or need a package that is not installed.
     """
     import ir_measures
 
     parsed, unknown = [], []
+    engines: Any = ir_measures.DefaultPipeline
     for name in measures:
         try:
-            parsed.append(ir_measures.parse_measure(name))
-        except (NameError, ValueError, SyntaxError):
+            measure = ir_measures.parse_measure(name)
+            known = engines.supports(measure)
+        except (NameError, ValueError, SyntaxError, AssertionError):  # the last: a cutoff is missing
+            known = False
+        if known:
+            parsed.append(measure)
+        else:
             unknown.append(name)
     if unknown:
         raise UsageError(

@@ -38,4 +38,5 @@ def show_progress(title: str, total: int) -> Iterator[Advance]:
 
 def say(text: str) -> None:
     """Write a line for the person who watches."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
