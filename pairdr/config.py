@@ -6,10 +6,11 @@ classes, so an option is spelled the same everywhere. `RunConfig` holds one of e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pairdr.errors import UsageError
 
@@ -31,21 +32,24 @@ def option(default: Any, help: str, *, low: float | None = None, high: float | N
 
 @dataclass(frozen=True)
 class Options:
-    """Base of all option classes: checks ranges when it is made.
+    """Base of all option classes: checks ranges and choices when it is made.
 
     Raises:
-        UsageError: a value outside its range, naming the option and the range.
+        UsageError: a value outside its range or choices, naming the option and what it can be.
     """
 
     def __post_init__(self) -> None:
-        """Check every value against its range."""
+        """Check every value against its range or its choices."""
+        hints = get_type_hints(type(self))
         for spec in fields(self):
-            value, low, high = getattr(self, spec.name), spec.metadata.get("low"), spec.metadata.get("high")
-            if value is None or not isinstance(value, int | float):
-                continue
-            if (low is not None and value < low) or (high is not None and value > high):
-                bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
-                raise UsageError(f"Option {spec.name} is {value}; it must be {bounds}.")
+            value, wanted = getattr(self, spec.name), None
+            if get_origin(hints[spec.name]) is Literal:
+                choices = get_args(hints[spec.name])
+                wanted = None if value in choices else f"one of {', '.join(choices)}"
+            elif isinstance(value, int | float):
+                wanted = _find_broken_range(value, spec.metadata.get("low"), spec.metadata.get("high"))
+            if wanted is not None:
+                raise UsageError(f"Option {spec.name} is {value!r}; it must be {wanted}.")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as plain JSON values."""
@@ -286,6 +290,15 @@ def change_options(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) 
             raise UsageError(f"Unknown option {unknown} in [{name}].", remedy=f"There are: {', '.join(options)}.")
         sections[name] = replace(section, **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
     return replace(config, **sections)
+
+
+def _find_broken_range(value: float, low: float | None, high: float | None) -> str | None:
+    """Return the range in words if the value is outside it or no number, else None."""
+    if not math.isnan(value) and (low is None or value >= low) and (high is None or value <= high):
+        return None
+    if low is None and high is None:
+        return "a number"
+    return f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from pairdr.errors import RefusedError
 from pairdr.formats import write_examples
 from pairdr.mine import Candidates
 from pairdr.progress import show_progress
-from pairdr.records import Example, Qrels, Run, Scored, positives_of
+from pairdr.records import Example, Qrels, Run, Scored, positives_of, split_blocks
 from pairdr.teachers import Teacher
 
 BLOCK = 64
@@ -197,9 +196,8 @@ def score_candidates(
 ) -> Iterator[tuple[str, list[Scored], np.ndarray[Any, np.dtype[np.float64]]]]:
     """Yield (query id, its first candidates, the teacher's scores), scoring a block of queries at a time."""
     wanted = [query_id for query_id in query_ids if query_id in run]
-    stream = iter(wanted)
     with show_progress("label", len(wanted)) as advance:
-        while block := list(islice(stream, BLOCK)):
+        for block in split_blocks(wanted, BLOCK):
             hits = [run[query_id][:depth] for query_id in block]
             passages = [[collection.passage(hit.passage_id) for hit in row] for row in hits]
             scored = teacher.score([collection.query(query_id) for query_id in block], passages)

@@ -19,7 +19,7 @@ from pairdr.errors import UsageError
 from pairdr.indexes.exact import select_top
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")
-_NAME_PARTS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_A-Za-z]+")
+_NAME_BORDER = re.compile(r"_+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)")
 
 
 class _Tokenized(NamedTuple):
@@ -113,7 +113,7 @@ class Tokenizer:
     def _split(self, word: str) -> list[str]:
         if not self._split_names:
             return [word]
-        parts = _NAME_PARTS.findall(word)
+        parts = [part for part in _NAME_BORDER.split(word) if part]
         return parts if len(parts) > 1 else [word]
 
 

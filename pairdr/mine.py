@@ -23,7 +23,7 @@ from pairdr.errors import DataError
 from pairdr.formats import read_run, write_run
 from pairdr.lexical import LexicalIndex
 from pairdr.progress import show_progress
-from pairdr.records import Query, Run, Scored, positives_of
+from pairdr.records import Query, Run, Scored, positives_of, split_blocks
 from pairdr.search import rank_dense, rank_words
 from pairdr.vectors import VectorStore
 
@@ -88,8 +88,9 @@ def mine_candidates(
         student = Run.open(staging.path / "student.arrow")
         counts: Counter[str] = Counter()
         with write_run(staging.path / "negatives.arrow") as add:
-            for number, query_id in enumerate(collection.qrels("train")):
-                add([query_id], [choose_negatives(collection, student, query_id, config, counts, number)])
+            for block in split_blocks(enumerate(collection.qrels("train")), search.query_block):
+                chosen = [choose_negatives(collection, student, q, config, counts, number) for number, q in block]
+                add([query_id for _, query_id in block], chosen)
         staging.facts |= {
             "labelled": len(collection.qrels("train")),
             "pool": len(collection.pool),

@@ -15,15 +15,18 @@ Ids are strings, always. Scores are larger for better.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+Item = TypeVar("Item")
 
 Qrels = dict[str, dict[str, int]]
 """query_id to {passage_id: relevance}; only relevance above 0 counts as relevant."""
@@ -125,6 +128,13 @@ class Run:
     def count_hits(self) -> int:
         """Return how many passages the run holds over all queries."""
         return int(pc.sum(pc.list_value_length(self.table.column("passage_ids"))).as_py() or 0)
+
+
+def split_blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield the items in lists of at most `size`, reading no further than the list under way."""
+    stream = iter(items)
+    while block := list(islice(stream, size)):
+        yield block
 
 
 def positives_of(qrels: Qrels, query_id: str) -> tuple[str, ...]:

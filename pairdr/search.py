@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -17,7 +16,7 @@ from pairdr.fusion import fuse_runs
 from pairdr.indexes.exact import search_exact
 from pairdr.lexical import LexicalIndex
 from pairdr.progress import show_progress
-from pairdr.records import Passage, Query, Run, Scored
+from pairdr.records import Passage, Query, Run, Scored, split_blocks
 from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def rank_dense(
         ArtefactError: the vectors were made by another model, prefix or length.
     """
     store.require_encoder(encoder.fingerprint)
-    for block in _blocks(queries, config.query_block):
+    for block in split_blocks(queries, config.query_block):
         vectors = encoder.encode_queries([query.text for query in block])  # [Q, D]
         k = min(config.k, store.count)
         rows, scores = search_exact(vectors, store.read_blocks(config.passage_block), store.id_rank, k)
@@ -64,7 +63,7 @@ def rank_words(
     queries: Iterable[Query], collection: Collection, index: LexicalIndex, config: SearchConfig
 ) -> Iterator[tuple[list[str], list[list[Scored]]]]:
     """Yield blocks of query ids and their k best passages by BM25, ties by (-score, id)."""
-    for block in _blocks(queries, config.query_block):
+    for block in split_blocks(queries, config.query_block):
         ranked = []
         for query in block:
             rows, scores = index.search(query.text, config.k)
@@ -169,9 +168,3 @@ def _collect(blocks: Iterator[tuple[list[str], list[list[Scored]]]]) -> Run:
     return Run.from_mapping(
         {query_id: hits for ids, ranked in blocks for query_id, hits in zip(ids, ranked, strict=True)}
     )
-
-
-def _blocks(queries: Iterable[Query], size: int) -> Iterator[list[Query]]:
-    stream = iter(queries)
-    while block := list(islice(stream, size)):
-        yield block

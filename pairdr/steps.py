@@ -136,6 +136,8 @@ def _list_labelling(work: Work) -> list[Step]:
         mine_candidates(
             data, work.encoder(student), work.store(student), work.index, config.mine, work.path("candidates")
         )
+        counts = read_manifest(work.path("candidates")).facts["negatives"]
+        say("  negatives: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 
     def find_teacher() -> None:
         result = choose_teacher(

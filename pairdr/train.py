@@ -133,7 +133,9 @@ def train_model(
         }
         if not is_trained(place, options, inputs):
             encoder = DualEncoder.open(folder, device=device)
-            log = run_stage(collection, rows, encoder, stage, config, max_steps or config.max_steps)
+            log = run_stage(
+                collection, rows, encoder, stage, config, max_steps or config.max_steps, Path(f"{place}.trackers")
+            )
             facts = {"stages": [asdict(s) for s in stages[:number]], "examples": len(rows), "summary": log[-1]}
             encoder.save(place, options=options, inputs=inputs, facts=facts, files={LOG: _to_lines(log)})
         folder = place
@@ -169,10 +171,14 @@ def run_stage(
     stage: StageConfig,
     config: TrainConfig,
     max_steps: int | None = None,
+    trackers: Path = Path("trackers"),
 ) -> list[dict[str, Any]]:
-    """Train one stage in place and return its log: loss parts, learning rate, similarities, dev RR@10."""
+    """Train one stage in place and return its log: loss parts, learning rate, similarities, dev RR@10.
+
+    A tracker, if one is chosen, writes below `trackers`.
+    """
     steps = max_steps or count_steps(len(examples), config)
-    accelerator = _make_accelerator(encoder, config)
+    accelerator = _make_accelerator(encoder, config, trackers)
     torch.manual_seed(config.seed)
     encoder.set_dropout(config.dropout)
     optimizer = make_optimizer(encoder.model, config)
@@ -180,7 +186,8 @@ def run_stage(
         optimizer, lambda step: schedule_rate(step, steps, config.warmup_steps)
     )
     dev = DevSample(collection, config)
-    log: list[dict[str, Any]] = [{"step": 0, "stage": stage.name, "dev_RR@10": dev.measure(encoder)}]
+    sample = {"dev_queries": len(dev.queries), "dev_passages": len(dev.passages)}
+    log: list[dict[str, Any]] = [{"step": 0, "stage": stage.name, **sample, "dev_RR@10": dev.measure(encoder)}]
     batches = read_batches(examples, config)
     sums = Sums()
     with show_progress(f"train: {stage.name}", steps) as advance:
@@ -286,12 +293,12 @@ def schedule_rate(step: int, steps: int, warmup: float) -> float:
     return max(0.0, (steps - step) / max(1, steps - rise))
 
 
-def _make_accelerator(encoder: DualEncoder, config: TrainConfig) -> Accelerator:
+def _make_accelerator(encoder: DualEncoder, config: TrainConfig, trackers: Path) -> Accelerator:
     try:
         from accelerate import Accelerator
     except ImportError as error:
         raise MissingExtraError("accelerate", "train") from error
-    accelerator = Accelerator(cpu=encoder.model.device.type == "cpu", log_with=config.report_to, project_dir="runs")
+    accelerator = Accelerator(cpu=encoder.model.device.type == "cpu", log_with=config.report_to, project_dir=trackers)
     if accelerator.num_processes > 1:
         raise UsageError("Training runs in one process so far.", remedy="Start it without torchrun.")
     if config.report_to is not None:

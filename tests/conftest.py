@@ -9,8 +9,9 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -28,9 +29,28 @@ settings.register_profile(
 )
 settings.load_profile("pairdr")
 
+if TYPE_CHECKING:
+    from pairdr.collection import Collection
+    from pairdr.encoder import DualEncoder
+    from pairdr.lexical import LexicalIndex
+    from pairdr.mine import Candidates
+    from pairdr.vectors import VectorStore
+
 Corpus = Mapping[str, str | tuple[str, str]]
 Labels = Mapping[str, Mapping[str, Mapping[str, int]]]
 WriteBeir = Callable[[Path, Corpus, Mapping[str, str], Labels], Path]
+
+
+class Parts(NamedTuple):
+    """What the stages read; nobody changes it."""
+
+    collection: Collection
+    encoder: DualEncoder
+    start: Path
+    index: LexicalIndex
+    store: VectorStore
+    candidates: Candidates
+
 
 SEED = 13
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -104,12 +124,13 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keep converted collections out of the user's cache."""
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep converted collections out of the user's cache, those of fixtures of any scope among them."""
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("PAIRDR_CACHE", str(folder))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAIRDR_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -179,3 +200,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, bare_model: Path) -> Pa
     model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
     model.save(str(folder), create_model_card=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_parts(tmp_path_factory: pytest.TempPathFactory, toy: Path, tiny_model: Path) -> Parts:
+    """Return the toy data opened, indexed, encoded by the tiny model and mined with it."""
+    from pairdr.collection import open_collection
+    from pairdr.config import EncodeConfig, LexicalConfig, MineConfig, ModelConfig
+    from pairdr.encode import encode_corpus
+    from pairdr.encoder import DualEncoder
+    from pairdr.lexical import index_words
+    from pairdr.mine import mine_candidates
+
+    folder = tmp_path_factory.mktemp("toy-parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAIRDR_CACHE", str(folder / "cache"))
+        collection = open_collection(toy)
+    DualEncoder.load(ModelConfig(start=str(tiny_model))).save(folder / "models" / "start", options={}, inputs={})
+    encoder = DualEncoder.open(folder / "models" / "start")
+    index = index_words(collection, LexicalConfig(), folder / "bm25")
+    store = encode_corpus(collection, encoder, EncodeConfig(), folder / "vectors")
+    candidates = mine_candidates(collection, encoder, store, index, MineConfig(), folder / "candidates")
+    return Parts(collection, encoder, folder / "models" / "start", index, store, candidates)
