@@ -384,10 +384,13 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 def _quiet_libraries() -> None:
     """Turn off the libraries' own bars and advice; pairdr shows its own."""
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
 
 
 def _print(text: str) -> None:

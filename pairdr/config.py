@@ -183,11 +183,11 @@ class TrainConfig(Options):
     learning_rate: float = option(5e-5, "Peak learning rate.", low=0)
     warmup_steps: float = option(0.1, "Linear warm-up: steps, or a share of all steps when below 1.", low=0)
     weight_decay: float = option(0.01, "AdamW's decay of weight matrices.", low=0)
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", low=0)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 clips nothing.", low=0)
     dropout: float | None = option(
         None, "Dropout of hidden states and attention; unset keeps the model's own.", low=0, high=0.9
     )
-    eval_steps: int = option(100, "Steps between two looks at dev and at the three similarities.", low=1)
+    eval_steps: int = option(100, "Steps between two looks at dev.", low=1)
     eval_passages: int = option(1000, "Passages in the dev sample, the dev positives among them.", low=1)
     eval_queries: int = option(200, "Most dev queries in the dev sample.", low=1)
     report_to: str | None = option(None, "A tracker of accelerate: tensorboard, wandb, ...")

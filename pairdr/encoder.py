@@ -10,6 +10,7 @@ Takes texts, returns vectors. Knows nothing of losses, stores or measures.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import Tensor, nn
@@ -145,7 +147,7 @@ class DualEncoder:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def set_dropout(self, dropout: float | None) -> None:
@@ -253,21 +255,44 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
 
 def _load_modules(name: str, config: ModelConfig) -> tuple[SentenceTransformer, bool]:
     """Return the model and whether it comes as a sentence-transformers one."""
-    folder = Path(name)
-    if folder.exists() and not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
-        raise UsageError("This is no model folder.", path=name, remedy="It needs config.json or modules.json.")
+    _require_encoder_folder(Path(name))
     try:
         if _is_sentence_transformer(name):
-            return SentenceTransformer(name, device=config.device), True
+            model = SentenceTransformer(name, device=config.device)
+            if not isinstance(model[0], Transformer):
+                raise ValueError(f"its first module is {type(model[0]).__name__}, not a transformer.")
+            return model, True
         transformer = Transformer(name)
         pooling = "cls" if config.pooling == "auto" else config.pooling
         modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
         return SentenceTransformer(modules=modules, device=config.device), False
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"The model {name!r} cannot be loaded: {reason}", remedy="Name a folder or a hub name of an encoder."
         ) from error
+
+
+def _require_encoder_folder(folder: Path) -> None:
+    """Refuse a folder that is no model, or one of sentence-transformers' other kinds."""
+    if not folder.exists():
+        if folder.is_absolute() or folder.parts[:1] == ("..",):
+            raise UsageError("There is no such folder.", path=folder, remedy="Name a model folder or a hub name.")
+        return
+    if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
+        raise UsageError("This is no model folder.", path=folder, remedy="It needs config.json or modules.json.")
+    path = folder / "config_sentence_transformers.json"
+    if path.is_file():
+        try:
+            kind = json.loads(path.read_text(encoding="utf-8")).get("model_type", "SentenceTransformer")
+        except (ValueError, AttributeError) as error:
+            raise UsageError("This is no JSON object.", path=path, remedy="Download the model again.") from error
+        if kind != "SentenceTransformer":
+            raise UsageError(
+                f"This model is a {kind}, not an encoder of single texts.",
+                path=folder,
+                remedy="Name a sentence-transformers or Hugging Face encoder.",
+            )
 
 
 def _is_sentence_transformer(name: str) -> bool:

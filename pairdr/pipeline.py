@@ -64,23 +64,10 @@ def run_pipeline(
     source = Path(data.source) if isinstance(data, Collection) else Path(data)
     collection = data if isinstance(data, Collection) else open_collection(data, config.data, strict=False)
     work = Work(output, collection, config)
-    fingerprints = {"collection": collection.fingerprint}
-    ran = []
-    for step in list_steps(work):
-        place = work.path(step.output)
-        key = work.key(step.name, step.options, {name: fingerprints[name] for name in step.inputs})
-        found = work.fingerprint(step.name, place, key)
-        if found is None:
-            say(f"{step.name} ...")
-            begin = time.perf_counter()
-            step.make()
-            work.forget()
-            found = work.record(step.name, place, key, time.perf_counter() - begin)
-            ran.append(step.name)
-        fingerprints[step.name] = found
-    table = read_table(work.path("report"))
-    _write_work_file(work, source)
-    return RunResult(work.folder, table, tuple(ran))
+    with work.lock():
+        ran = _run_steps(work)
+        _write_work_file(work, source)
+    return RunResult(work.folder, read_table(work.path("report")), tuple(ran))
 
 
 def run_demo(output: str | Path, arms: tuple[str, ...] = DEMO.arms) -> RunResult:
@@ -143,6 +130,25 @@ def format_plan(lines: list[tuple[str, str, Cost | None]]) -> str:
     else:
         rows.append("nothing to do")
     return "\n".join(rows)
+
+
+def _run_steps(work: Work) -> list[str]:
+    """Make what is not up to date, in order, and return the names of the steps that ran."""
+    fingerprints = {"collection": work.collection.fingerprint}
+    ran = []
+    for step in list_steps(work):
+        place = work.path(step.output)
+        key = work.key(step.name, step.options, {name: fingerprints[name] for name in step.inputs})
+        found = work.fingerprint(step.name, place, key)
+        if found is None:
+            say(f"{step.name} ...")
+            begin = time.perf_counter()
+            step.make()
+            work.forget()
+            found = work.record(step.name, place, key, time.perf_counter() - begin)
+            ran.append(step.name)
+        fingerprints[step.name] = found
+    return ran
 
 
 def _write_work_file(work: Work, source: Path) -> None:

@@ -167,7 +167,7 @@ def _list_labelling(work: Work) -> list[Step]:
         Step(
             "teach",
             "teacher",
-            gate.as_dict(),
+            [gate.as_dict(), *(fingerprint_start(name) for name in (gate.cross_encoder, gate.dual_encoder) if name)],
             ("collection", "mine", student, "bm25", *(("whole",) if config.model.layers else ())),
             find_teacher,
             lambda costs: costs.encode(min(len(data.passages), gate.gate_queries * gate.rerank_depth)),

@@ -117,12 +117,11 @@ def choose_teacher(
         others: list[Teacher] = []
         if config.cross_encoder == "train":
             train_cross_encoder(collection, student_folder, candidates, config, staging.path / "cross_encoder")
-            others.append(
-                CrossEncoderTeacher(str(staging.path / "cross_encoder"), "trained cross-encoder", model.device)
-            )
-            others[-1].source = "cross_encoder"  # type: ignore[attr-defined]  # its place once published
+            trained = str(staging.path / "cross_encoder")
+            others.append(CrossEncoderTeacher(trained, "trained cross-encoder", model.device, "cross_encoder"))
         elif config.cross_encoder is not None:
-            others.append(CrossEncoderTeacher(config.cross_encoder, "cross-encoder", model.device))
+            place = _relative(config.cross_encoder, output)
+            others.append(CrossEncoderTeacher(config.cross_encoder, "cross-encoder", model.device, place))
         if config.dual_encoder is not None:
             larger = load_dual_encoder(config.dual_encoder, model)
             others.append(DualEncoderTeacher(larger, "larger dual encoder", _relative(config.dual_encoder, output)))
@@ -168,9 +167,9 @@ def judge_teachers(
     """Score every teacher on dev and take the best one if it beats the student."""
     query_ids = sample_ids(collection.qrels("dev"), config.gate_queries, config.teach_seed)
     queries = [collection.query(query_id) for query_id in query_ids]
-    rows = [
-        [collection.passage(hit.passage_id) for hit in candidates.student[q][: config.rerank_depth]] for q in query_ids
-    ]
+    run, depth = candidates.student, config.rerank_depth
+    hits = [run[query_id][:depth] if query_id in run else [] for query_id in query_ids]
+    rows = [[collection.passage(hit.passage_id) for hit in row] for row in hits]
     relevant: Relevant = [
         np.array([p.passage_id in positives_of(collection.qrels("dev"), q) for p in row], dtype=bool)
         for q, row in zip(query_ids, rows, strict=True)
@@ -228,6 +227,7 @@ def train_cross_encoder(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     positives_share = config.cross_encoder_negatives
     loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(positives_share)))
@@ -293,8 +293,14 @@ def _cross_fit(scores: Scored, relevant: Relevant) -> tuple[npt.NDArray[np.float
 
 
 def _relative(source: str | Path, output: str | Path) -> str:
-    """Return a folder's path as seen from the teacher's folder, so that a work folder can be moved."""
-    return os.path.relpath(source, output) if Path(source).exists() else str(source)
+    """Return a folder's path as seen from the teacher's folder, so that a work folder can be moved.
+
+    A folder outside the work folder keeps its full path, a hub name is returned as it is.
+    """
+    if not Path(source).exists():
+        return str(source)
+    place, home = Path(source).resolve(), Path(output).resolve()
+    return os.path.relpath(place, home) if place.is_relative_to(home.parent) else str(place)
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any] | None:

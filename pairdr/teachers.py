@@ -111,16 +111,32 @@ class LexicalTeacher:
 class CrossEncoderTeacher:
     """A sentence-transformers CrossEncoder over (query, passage) pairs."""
 
-    def __init__(self, source: str, name: str = "cross-encoder", device: str | None = None) -> None:
+    def __init__(
+        self, source: str, name: str = "cross-encoder", device: str | None = None, recorded: str | None = None
+    ) -> None:
+        """Load a cross-encoder.
+
+        Args:
+            source: a folder or a hub name.
+            name: what the tables call it.
+            device: cpu, cuda, ...; unset picks the best there is.
+            recorded: how its description names the source; unset: as `source`.
+        """
         from sentence_transformers import CrossEncoder
 
-        self.source, self.name = source, name
+        self.source, self.name = recorded or source, name
         try:
             self.model = CrossEncoder(source, device=device)
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"The cross-encoder {source!r} cannot be loaded.", remedy="Name a folder or a hub name."
             ) from error
+        architectures = getattr(self.model.config, "architectures", None) or ()
+        if architectures and all(name.endswith("Model") for name in architectures):
+            raise UsageError(
+                f"The model {source!r} is a bare encoder without the head of a cross-encoder.",
+                remedy="Name a cross-encoder, or train one here with --cross-encoder train.",
+            )
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
         """Return the model's scores, after its own activation."""

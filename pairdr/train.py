@@ -13,7 +13,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,22 +72,20 @@ class DevSample:
 
 
 @dataclass
-class Sums:
-    """Running sums between two lines of the log."""
+class Means:
+    """Means between two lines of the log; a value that some steps do not have counts where it is there."""
 
-    steps: int = 0
-    values: dict[str, float] | None = None
+    values: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, **values: float) -> None:
         """Add one step's values."""
-        self.steps += 1
-        known = self.values or {}
-        self.values = {name: known.get(name, 0.0) + value for name, value in values.items()}
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value)
 
     def flush(self) -> dict[str, float]:
         """Return the means and start anew."""
-        means = {name: value / self.steps for name, value in (self.values or {}).items()}
-        self.steps, self.values = 0, None
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        self.values = {}
         return means
 
 
@@ -189,23 +187,25 @@ def run_stage(
     sample = {"dev_queries": len(dev.queries), "dev_passages": len(dev.passages)}
     log: list[dict[str, Any]] = [{"step": 0, "stage": stage.name, **sample, "dev_RR@10": dev.measure(encoder)}]
     batches = read_batches(examples, config)
-    sums = Sums()
+    means = Means()
     with show_progress(f"train: {stage.name}", steps) as advance:
         for step in range(1, steps + 1):
             encoder.model.train()
             for _ in range(config.gradient_accumulation_steps):
                 parts, similarities = compute_loss(collection, encoder, next(batches), stage.alpha, config)
                 accelerator.backward(parts.loss / config.gradient_accumulation_steps)
-                sums.add(**_name_parts(parts), **similarities)
-            accelerator.clip_grad_norm_(encoder.model.parameters(), config.max_grad_norm)
+                means.add(**_name_parts(parts), **similarities)
+            if config.max_grad_norm > 0:
+                accelerator.clip_grad_norm_(encoder.model.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             rate = schedule.get_last_lr()[0]
             schedule.step()
-            if step % LOG_EVERY == 0 or step == steps:
-                line = {"step": step, "stage": stage.name, "learning_rate": rate, **sums.flush()}
+            looks = step % config.eval_steps == 0 or step == steps
+            if looks or step % LOG_EVERY == 0:
+                line = {"step": step, "stage": stage.name, "learning_rate": rate, **means.flush()}
                 _require_finite(line, step)
-                if step % config.eval_steps == 0 or step == steps:
+                if looks:
                     line["dev_RR@10"] = dev.measure(encoder)
                 log.append(line)
                 accelerator.log({key: value for key, value in line.items() if isinstance(value, float)}, step=step)
@@ -267,12 +267,12 @@ def read_batches(examples: Examples, config: TrainConfig) -> Iterator[Batch]:
                 [examples[row] for row in rows], config.train_negatives, mask=config.mask_false_negatives, rng=rng
             )
         if not made:
-            size //= 2
-            if size < 2:
+            if size == 2:
                 raise DataError(
                     f"{len(examples)} examples do not make a batch of two rows with different queries and positives.",
                     remedy="Give more labelled queries.",
                 )
+            size = max(2, size // 2)
         else:
             epoch += 1
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from pairdr.artefact import FORMAT_VERSION, hash_json, read_manifest, replace_fi
 from pairdr.collection import Collection
 from pairdr.config import RunConfig
 from pairdr.encoder import DualEncoder
-from pairdr.errors import ArtefactError
+from pairdr.errors import ArtefactError, UsageError
 from pairdr.formats import read_run
 from pairdr.lexical import LexicalIndex
 from pairdr.mine import Candidates, read_candidates
@@ -34,6 +37,23 @@ class Work:
     def __init__(self, folder: str | Path, collection: Collection, config: RunConfig) -> None:
         self.folder, self.collection, self.config = Path(folder), collection, config
         self._encoders: dict[str, DualEncoder] = {}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the folder while the block runs; a killed process leaves no lock behind.
+
+        Raises:
+            UsageError: another run is at work here.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path(".lock").open("w", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(
+                    "Another run is at work here.", path=self.folder, remedy="Wait for it, or choose another --output."
+                ) from error
+            yield
 
     def path(self, *parts: str) -> Path:
         """Return a place in the folder."""
