@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pairdr.errors import ArtefactError, PairdrError
+from pairdr.errors import ArtefactError, PairdrError, UsageError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -53,8 +54,8 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Return the sha256 over kind and content: equal content, equal fingerprint."""
-        return hash_json([self.kind, sorted((name, entry["sha256"]) for name, entry in self.files.items())])
+        """Return the sha256 over kind, content and facts: equal content, equal fingerprint."""
+        return hash_json([self.kind, sorted((n, entry["sha256"]) for n, entry in self.files.items()), self.facts])
 
 
 @dataclass
@@ -115,8 +116,10 @@ def publish(
 
     Raises:
         ArtefactError: the disk is full or the place cannot be written; the earlier artefact is still there.
+        UsageError: something else than an artefact of this kind stands there.
     """
     folder = Path(folder)
+    _require_replaceable(folder, kind)
     key = hash_json([kind, dict(options), dict(inputs), FORMAT_VERSION])[:16]
     staging = folder.parent / f".{folder.name}.{key if resume else 'new'}.partial"
     try:
@@ -142,6 +145,22 @@ def publish(
             path=folder,
             remedy="Free some space or choose another place; what was there before is untouched.",
         ) from error
+
+
+@contextlib.contextmanager
+def hold_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs; a killed process leaves no lock behind.
+
+    Raises:
+        BlockingIOError: with `wait` off, another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
@@ -200,6 +219,25 @@ def verify_artefact(folder: str | Path) -> Manifest:
                 remedy="Delete the folder and run its stage again.",
             )
     return manifest
+
+
+def _require_replaceable(folder: Path, kind: str) -> None:
+    """Refuse to replace what is not an artefact of this kind: publishing replaces the whole folder."""
+    if folder.name in ("", "..") or (folder.exists() and not folder.is_dir()):
+        raise UsageError("This is no place for an output folder.", path=folder, remedy="Name a new folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["kind"] if path.is_file() else None
+    except (ValueError, TypeError, KeyError):
+        found = kind  # a broken manifest of ours: the stage makes it anew
+    if found != kind:
+        raise UsageError(
+            f"This folder holds {'other files' if found is None else repr(found)}; {kind!r} would replace them all.",
+            path=folder,
+            remedy="Choose another --output, or delete the folder.",
+        )
 
 
 def _seal(staging: Path, kind: str, options: dict[str, Any], inputs: dict[str, str], facts: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from pairdr.artefact import hash_file, publish, write_json
 from pairdr.collection import SPLITS, Collection, find_problems, hash_text, normalise_text
 from pairdr.config import ModelConfig
-from pairdr.errors import DataError
+from pairdr.errors import DataError, UsageError
 from pairdr.records import positives_of
 from pairdr.sources.minilm import find_minilm
 
@@ -54,9 +54,8 @@ def check_collection(collection: Collection, model: ModelConfig, output: str | P
     """
     report = CheckReport(errors=list(find_problems(collection)))
     _count_texts(collection, report)
-    if not report.errors:
-        _count_labels(collection, report)
-        _count_queries(collection, report)
+    _count_labels(collection, report)
+    _count_queries(collection, report)
     _count_cut(collection, model, report)
     if output is not None:
         with publish(
@@ -92,8 +91,6 @@ def _count_texts(collection: Collection, report: CheckReport) -> None:
         "empty passages": empty,
         "passages with the text of another": copies,
     }
-    if not len(collection.passages):
-        report.errors.append("corpus.jsonl has no passage")
     for count, what in ((empty, "passages are empty"), (copies, "passages have the same text as another")):
         if count:
             report.warnings.append(f"{count} {what}")
@@ -176,7 +173,10 @@ def load_tokenizer(start: str) -> Tokenizer | None:
             return None
     if not path.is_file():
         return None
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UsageError("The tokenizer cannot be read.", path=path, remedy="Download the model again.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     except OSError as error:
         _fail(f"{error.filename or 'The system'}: {error.strerror or error}. Check the place and its rights.", 1)
+    except Exception as error:  # the last line of defence: one sentence for the user, the rest on request
+        if os.environ.get("PAIRDR_DEBUG"):
+            raise
+        _fail(f"Unexpected {type(error).__name__}: {error}. PAIRDR_DEBUG=1 shows where; please report it.", 1)
     except KeyboardInterrupt:
         _fail("Interrupted. What was finished stays; the same command goes on from there.", 130)
     else:

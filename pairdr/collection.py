@@ -26,10 +26,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pairdr.artefact import Staging, hash_json, publish, read_manifest
+from pairdr.artefact import Staging, hash_json, hold_lock, publish, read_manifest
 from pairdr.config import DataConfig
 from pairdr.errors import ArtefactError, DataError, UsageError
-from pairdr.formats import read_qrels, read_texts, read_unlabelled, write_qrels
+from pairdr.formats import read_lines, read_qrels, read_texts, read_unlabelled, write_qrels
 from pairdr.records import Passage, Qrels, Query
 
 SPLITS = ("train", "dev", "test")
@@ -116,6 +116,7 @@ class Collection:
         fingerprint: hash of the content and of the options that decide splits and pool.
         passages_fingerprint: hash of the corpus alone.
         hidden: labels taken from training queries by `hide_labels`; used only to measure.
+        held_out: passages that no training query may have as a candidate.
         removed: reason to number of queries kept out of training and pool.
     """
 
@@ -123,12 +124,19 @@ class Collection:
         manifest = read_manifest(folder, "collection")
         self.folder, self.source, self.name, self.config = folder, source, source.resolve().name, config
         self.passages, self.queries = TextTable(folder, "passages"), TextTable(folder, "queries")
-        kept = {key: value for key, value in config.as_dict().items() if key != "unlabelled"}
+        self.held_out = (
+            frozenset(line.strip() for _, line in read_lines(config.held_out)) if config.held_out else frozenset()
+        )
+        kept = config.as_dict() | {"unlabelled": [], "held_out": sorted(self.held_out)}
         self.fingerprint = hash_json([manifest.fingerprint, kept])
         self.passages_fingerprint = manifest.files["passages.arrow"]["sha256"]
         self.duplicates: dict[str, list[str]] = manifest.facts["duplicates"]
-        self._qrels = {split: read_qrels(folder / "qrels" / f"{split}.tsv") for split in manifest.facts["splits"]}
-        self.given_splits = tuple(self._qrels)
+        given = {split: read_qrels(folder / "qrels" / f"{split}.tsv") for split in manifest.facts["splits"]}
+        self.given_splits = tuple(given)
+        self._qrels = {split: qrels for split, qrels in given.items() if split in SPLITS}
+        self._others: Qrels = {
+            q: labels for split, qrels in given.items() if split not in SPLITS for q, labels in qrels.items()
+        }
         self.hidden: Qrels = {}
         self.removed: dict[str, int] = {}
         self._settle_splits()
@@ -140,10 +148,14 @@ class Collection:
             DataError: the split has no labels.
         """
         if not self._qrels.get(split):
+            taken = split == "train" and (self.hidden or self._kept_out or self._qrels.get("dev"))
             raise DataError(
-                f"The split {split!r} has no labels.",
-                path=self.folder if split not in SPLITS else self.name,
-                remedy=f"Add qrels/{split}.tsv with at least one line.",
+                f"The split {split!r} has no labels"
+                + (" left: all are hidden, or copies of held-out ones." if taken else "."),
+                path=self.source,
+                remedy="Give more labelled queries or hide fewer."
+                if taken
+                else f"Add qrels/{split}.tsv with at least one line.",
             )
         return self._qrels[split]
 
@@ -173,7 +185,7 @@ class Collection:
     @cached_property
     def pool(self) -> tuple[str, ...]:
         """Return the ids of the unlabelled queries: no split names them, and none is a copy of a dev or test one."""
-        named = set().union(*(self._qrels.get(split, {}) for split in SPLITS), self._kept_out)
+        named = set().union(*(self._qrels.get(split, {}) for split in SPLITS), self._others, self._kept_out)
         held_out = self._held_out_texts
         pool, copies = [], 0
         for block in self.queries.read_blocks(("id", "text")):
@@ -189,28 +201,32 @@ class Collection:
 
     @cached_property
     def _held_out_texts(self) -> set[str]:
-        ids = [query_id for split in ("dev", "test") for query_id in self._qrels.get(split, {})]
-        return {normalise_text(self.query(query_id).text) for query_id in ids if query_id in self.queries}
+        return self._normalised_texts([*self._qrels.get("dev", {}), *self._qrels.get("test", {}), *self._others])
+
+    def _normalised_texts(self, query_ids: Iterable[str]) -> set[str]:
+        return {normalise_text(self.query(query_id).text) for query_id in query_ids if query_id in self.queries}
 
     def _settle_splits(self) -> None:
-        """Make a dev split where there is none, drop leaks from training, hide labels."""
+        """Make a dev split where there is none, drop what leaks from test to dev to training, hide labels."""
         train = self._qrels.get("train", {})
-        if train and not self._qrels.get("dev"):
+        if len(train) > 1 and not self._qrels.get("dev"):
             count = max(1, min(self.config.dev_queries, len(train) // 10))
-            chosen = _sample(train, count, self.config.data_seed)
-            self._qrels["dev"] = {query_id: train.pop(query_id) for query_id in chosen}
-        leaks = [
-            query_id
-            for query_id in train
-            if query_id in self.queries and normalise_text(self.query(query_id).text) in self._held_out_texts
-        ]
-        self._kept_out = frozenset(leaks)
-        self.removed["training queries that copy a dev or test query"] = len(leaks)
-        for query_id in leaks:
-            del train[query_id]
+            self._qrels["dev"] = {q: train.pop(q) for q in _sample(train, count, self.config.data_seed)}
+        kept_out = self._drop_copies("dev", self._normalised_texts(self._qrels.get("test", {})), "test")
+        kept_out |= self._drop_copies("train", self._held_out_texts, "dev or test")
+        self._kept_out = frozenset(kept_out)
         count = round(self.config.hide_labels * len(train))
         for query_id in _sample(train, count, self.config.data_seed):
             self.hidden[query_id] = train.pop(query_id)
+
+    def _drop_copies(self, split: str, texts: set[str], of: str) -> set[str]:
+        """Take the queries out of a split whose words are those of a held-out one, and count them."""
+        qrels = self._qrels.get(split, {})
+        copies = {q for q in qrels if q in self.queries and normalise_text(self.query(q).text) in texts}
+        for query_id in copies:
+            del qrels[query_id]
+        self.removed[f"{'training' if split == 'train' else split} queries that copy a {of} query"] = len(copies)
+        return copies
 
 
 def open_collection(source: str | Path, config: DataConfig | None = None, *, strict: bool = True) -> Collection:
@@ -230,11 +246,12 @@ def open_collection(source: str | Path, config: DataConfig | None = None, *, str
     inputs = _find_files(folder, config.unlabelled)
     stamp = {name: [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for name, path in inputs.items()}
     place = cache_folder() / "collections" / hash_json(stamp)[:24]
-    try:
-        read_manifest(place, "collection")
-    except ArtefactError:
-        with publish(place, "collection", options={"stamp": stamp}, inputs={}) as staging:
-            _convert(inputs, staging)
+    with hold_lock(place.parent):
+        try:
+            read_manifest(place, "collection")
+        except ArtefactError:
+            with publish(place, "collection", options={"stamp": stamp}, inputs={}) as staging:
+                _convert(inputs, staging)
     collection = Collection(place, folder, config)
     if strict:
         problem = next(iter(find_problems(collection)), None)
@@ -245,6 +262,8 @@ def open_collection(source: str | Path, config: DataConfig | None = None, *, str
 
 def find_problems(collection: Collection) -> Iterator[str]:
     """Yield what would corrupt training: duplicate ids and labels for ids that do not exist."""
+    if not len(collection.passages):
+        yield "corpus.jsonl has no passage"
     for kind, ids in collection.duplicates.items():
         if ids:
             yield f"{len(ids)} {kind} ids occur twice, such as {ids[0]!r}"
@@ -287,10 +306,8 @@ def _find_files(folder: Path, unlabelled: Iterable[Path]) -> dict[str, Path]:
                 remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv.",
             )
         found[name] = path
-    for split in SPLITS:
-        path = folder / "qrels" / f"{split}.tsv"
-        if path.is_file():
-            found[f"qrels/{split}"] = path
+    for path in sorted((folder / "qrels").glob("*.tsv")):
+        found[f"qrels/{path.stem}"] = path
     for number, path in enumerate(unlabelled):
         if not path.is_file():
             raise UsageError("There is no such file.", path=path, remedy="Check --unlabelled.")

@@ -24,7 +24,7 @@ from pairdr.config import (
     WarmConfig,
     list_stages,
 )
-from pairdr.errors import RefusedError, UsageError
+from pairdr.errors import UsageError
 
 if TYPE_CHECKING:
     from pairdr.collection import Collection
@@ -184,16 +184,14 @@ def label(
     from pairdr.label import label_examples
     from pairdr.lexical import index_words
     from pairdr.mine import open_candidates
-    from pairdr.teach import read_recipe
+    from pairdr.teach import read_recipe, refuse_verdicts
     from pairdr.teachers import load_teacher
 
     _quiet_libraries()
     collection = open_collection(data, data_options)
     recipe = read_recipe(teacher)
     if recipe is None:
-        raise RefusedError(
-            "This teacher did not beat the student.", path=teacher, remedy="Run pairdr teach with a stronger one."
-        )
+        refuse_verdicts(read_manifest(teacher).facts["verdicts"])
     index = index_words(collection, lexical, _beside(output, "bm25"))
     judge = load_teacher(recipe, teacher, collection, index, model)
     fingerprint = read_manifest(teacher).fingerprint
@@ -206,7 +204,7 @@ def label(
 
 def train(
     data: Path,
-    examples: Path,
+    rows: Path,
     *,
     output: Annotated[Path, OUTPUT],
     arm: Annotated[Literal["pair", "query_centric", "labelled_only"], Parameter(help="Which stages to run.")] = "pair",
@@ -233,7 +231,7 @@ def train(
     collection = open_collection(data, data_options)
     start = _beside(output, "start")
     DualEncoder.load(model).save(start, options=model.as_dict(), inputs={})
-    train_model(collection, examples, start, list_stages(arm, options), options, output, device=model.device)
+    train_model(collection, rows, start, list_stages(arm, options), options, output, device=model.device)
     _print_facts(read_manifest(output).facts["summary"])
 
 

@@ -62,6 +62,7 @@ class DataConfig(Options):
 
     unlabelled: tuple[Path, ...] = option((), "Files of further questions without labels (.jsonl[.gz], or .txt).")
     hide_labels: float = option(0.0, "Share of the labelled training queries moved into the pool.", low=0, high=0.99)
+    held_out: Path | None = option(None, "File of passage ids, one a line, that training never sees.")
     dev_queries: int = option(500, "Training queries set aside as dev where the data has no dev split.", low=1)
     data_seed: int = option(13, "Seed of the hidden labels and of a made dev split.", low=0)
 
@@ -140,7 +141,7 @@ class TeachConfig(Options):
     dual_encoder: str | None = option(None, "A larger dual encoder as a teacher: a folder or a hub name.")
     fusion: bool = option(True, "Also try weighted fusions with the student and with BM25.")
     rerank_depth: int = option(50, "Candidates of the student that a teacher re-ranks on dev.", low=2)
-    gate_queries: int = option(500, "Most labelled dev queries that judge the teachers.", low=1)
+    gate_queries: int = option(500, "Most labelled dev queries that judge the teachers.", low=2)
     gate_level: float = option(
         0.05, "A teacher has to beat the student with a smaller p-value than this.", low=0, high=1
     )
@@ -192,6 +193,19 @@ class TrainConfig(Options):
     eval_queries: int = option(200, "Most dev queries in the dev sample.", low=1)
     report_to: str | None = option(None, "A tracker of accelerate: tensorboard, wandb, ...")
     seed: int = option(13, "Seed of order and dropout.", low=0)
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that a loss over hard negatives gets some."""
+        super().__post_init__()
+        if self.passage_negatives in ("own", "hard_all") and self.train_negatives == 0:
+            raise UsageError(
+                f"Option passage_negatives is {self.passage_negatives!r}, which needs train_negatives of at least 1."
+            )
+
+    def options_of(self, stage: StageConfig) -> dict[str, Any]:
+        """Return the options that decide a stage: without a passage-centric loss its options do not count."""
+        unused = ("alpha", "passage_negatives") if stage.alpha == 0 else ()
+        return {name: value for name, value in self.as_dict().items() if name not in unused} | stage.as_dict()
 
 
 @dataclass(frozen=True)

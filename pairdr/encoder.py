@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +21,14 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import Tensor, nn
 
 from pairdr.artefact import MANIFEST, hash_json, publish, read_manifest
 from pairdr.config import ModelConfig
-from pairdr.errors import RefusedError, UsageError
+from pairdr.errors import ArtefactError, UsageError
 from pairdr.records import Passage
 from pairdr.sources.minilm import find_minilm
+from pairdr.start import Contract, load_start
 
 LENGTH_GROUP = 24
 """Texts per forward pass in training: short groups of like length waste little padding."""
@@ -39,20 +39,6 @@ class Tokens(NamedTuple):
 
     input_ids: list[int]
     token_type_ids: list[int]
-
-
-@dataclass(frozen=True)
-class Contract:
-    """What has to be the same in training and in every later use of a model."""
-
-    query_prefix: str
-    passage_prefix: str
-    query_length: int
-    passage_length: int
-    pooling: str
-    similarity: str
-    title: str
-    dimensions: int
 
 
 class DualEncoder:
@@ -72,27 +58,18 @@ class DualEncoder:
     def load(cls, config: ModelConfig) -> DualEncoder:
         """Load a start model: a folder or hub name of sentence-transformers or Hugging Face form.
 
+        A model that pairdr saved keeps the contract it was saved with; options that say otherwise are refused.
+
         Raises:
             UsageError: no model there, or one of another kind.
             RefusedError: dot product at temperature 1 on normalised vectors.
         """
         name = find_minilm() if config.start == "minilm" else config.start
         if (Path(name) / MANIFEST).is_file():
-            return cls.open(name, device=config.device)
-        model, is_retriever = _load_modules(name, config)
-        if config.layers is not None:
-            _keep_layers(model, config.layers)
-        _settle_similarity(model, config, is_retriever)
-        contract = _settle_contract(model, config)
-        temperature = config.temperature or (0.05 if contract.similarity == "cosine" else 1.0)
-        if contract.similarity == "dot" and temperature == 1.0 and any(isinstance(m, Normalize) for m in model):
-            raise RefusedError(
-                "Dot product at temperature 1 on normalised vectors: all scores lie within 2 of each other, "
-                "and the softmax cannot learn.",
-                path=name,
-                remedy="Set temperature = 0.05 or similarity = 'cosine'.",
-            )
-        return cls(model, contract, temperature, is_retriever)
+            encoder = cls.open(name, device=config.device)
+            _require_contract(encoder, config, name)
+            return encoder
+        return cls(*load_start(name, config))
 
     @classmethod
     def open(cls, folder: str | Path, device: str | None = None) -> DualEncoder:
@@ -102,7 +79,12 @@ class DualEncoder:
             ArtefactError: the folder is missing, broken or of another kind.
         """
         facts = read_manifest(folder, "model").facts
-        model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+        try:
+            model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ArtefactError(
+                f"The model cannot be loaded: {error}", path=folder, remedy="Check --device, or make the model again."
+            ) from error
         return cls(model, Contract(**facts["contract"]), facts["temperature"], facts["is_retriever"])
 
     def save(
@@ -139,8 +121,10 @@ class DualEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of weights and contract: equal for models that give equal vectors."""
-        return hash_json([self.hash_weights(), asdict(self.contract)])
+        """Return a hash of weights, tokenizer and contract: equal for models that give equal vectors."""
+        tokenizer = getattr(self.model.tokenizer, "backend_tokenizer", None)
+        vocabulary = "" if tokenizer is None else _strip_padding(tokenizer.to_str())
+        return hash_json([self.hash_weights(), vocabulary, asdict(self.contract)])
 
     def hash_weights(self) -> str:
         """Return the sha256 over all parameters, by name."""
@@ -233,14 +217,6 @@ class DualEncoder:
         return vectors
 
 
-def is_retriever(config: ModelConfig) -> bool:
-    """Return whether a start model has been tuned for similarity: a sentence-transformers folder, or one of ours."""
-    name = find_minilm() if config.start == "minilm" else config.start
-    if (Path(name) / MANIFEST).is_file():
-        return bool(read_manifest(name, "model").facts["is_retriever"])
-    return _is_sentence_transformer(name)
-
-
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Return groups of places, by length, of at most so many padded tokens each (one long text may exceed it)."""
     groups: list[list[int]] = []
@@ -253,122 +229,27 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
     return groups
 
 
-def _load_modules(name: str, config: ModelConfig) -> tuple[SentenceTransformer, bool]:
-    """Return the model and whether it comes as a sentence-transformers one."""
-    _require_encoder_folder(Path(name))
-    try:
-        if _is_sentence_transformer(name):
-            model = SentenceTransformer(name, device=config.device)
-            if not isinstance(model[0], Transformer):
-                raise ValueError(f"its first module is {type(model[0]).__name__}, not a transformer.")
-            return model, True
-        transformer = Transformer(name)
-        pooling = "cls" if config.pooling == "auto" else config.pooling
-        modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
-        return SentenceTransformer(modules=modules, device=config.device), False
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"The model {name!r} cannot be loaded: {reason}", remedy="Name a folder or a hub name of an encoder."
-        ) from error
-
-
-def _require_encoder_folder(folder: Path) -> None:
-    """Refuse a folder that is no model, or one of sentence-transformers' other kinds."""
-    if not folder.exists():
-        if folder.is_absolute() or folder.parts[:1] == ("..",):
-            raise UsageError("There is no such folder.", path=folder, remedy="Name a model folder or a hub name.")
-        return
-    if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
-        raise UsageError("This is no model folder.", path=folder, remedy="It needs config.json or modules.json.")
-    path = folder / "config_sentence_transformers.json"
-    if path.is_file():
-        try:
-            kind = json.loads(path.read_text(encoding="utf-8")).get("model_type", "SentenceTransformer")
-        except (ValueError, AttributeError) as error:
-            raise UsageError("This is no JSON object.", path=path, remedy="Download the model again.") from error
-        if kind != "SentenceTransformer":
-            raise UsageError(
-                f"This model is a {kind}, not an encoder of single texts.",
-                path=folder,
-                remedy="Name a sentence-transformers or Hugging Face encoder.",
-            )
-
-
-def _is_sentence_transformer(name: str) -> bool:
-    if Path(name).exists():
-        return (Path(name) / "modules.json").is_file()
-    from sentence_transformers.util import is_sentence_transformer_model
-
-    return bool(is_sentence_transformer_model(name))
-
-
-def _transformer(model: SentenceTransformer) -> Any:
-    """Return the first module, which tokenises and holds the encoder."""
-    return model[0]
-
-
-def _keep_layers(model: SentenceTransformer, count: int) -> None:
-    body = _transformer(model).model
-    total = body.config.num_hidden_layers
-    stacks = [
-        (parent, key)
-        for parent in body.modules()
-        for key, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == total
-    ]
-    if len(stacks) != 1 or count > total:
-        raise UsageError(f"Option layers is {count}; this model has {total} layers.", remedy="Choose fewer.")
-    parent, key = stacks[0]
-    setattr(parent, key, getattr(parent, key)[:count])
-    body.config.num_hidden_layers = count
-
-
-def _settle_similarity(model: SentenceTransformer, config: ModelConfig, is_retriever: bool) -> None:
-    """Apply pooling and similarity; cosine models end with a normalisation, so that an inner product is the score."""
-    pooling = next((module for module in model if isinstance(module, Pooling)), None)
-    if pooling is not None and config.pooling != "auto":
-        pooling.pooling_mode = config.pooling
-    chosen = config.similarity
-    if chosen == "auto":
-        chosen = "dot" if not is_retriever or model.similarity_fn_name == "dot" else "cosine"
-    model.similarity_fn_name = chosen
-    if chosen == "cosine" and not any(isinstance(module, Normalize) for module in model):
-        model.append(Normalize())
-    if pooling is not None and not pooling.include_prompt:
-        raise UsageError(
-            "This model leaves the prompt out of its pooling, which pairdr does not do.",
-            remedy="Use another start model.",
-        )
-
-
-def _settle_contract(model: SentenceTransformer, config: ModelConfig) -> Contract:
-    """Write prefixes and lengths where sentence-transformers reads them, and return the contract."""
-    stored = {key: model.prompts.get(key) or "" for key in ("query", "document")}
-    query_prefix = stored["query"] if config.query_prefix is None else config.query_prefix
-    passage_prefix = stored["document"] if config.passage_prefix is None else config.passage_prefix
-    model.prompts = {"query": query_prefix, "document": passage_prefix}
-    limit = model.get_max_seq_length() or max(config.query_length, config.passage_length)
-    positions = getattr(_transformer(model).config, "max_position_embeddings", None) or limit
-    longest = max(config.query_length, config.passage_length)
-    if longest > positions:
-        raise UsageError(
-            f"A length of {longest} tokens is over the model's {positions} positions.",
-            remedy="Lower query_length or passage_length.",
-        )
-    transformer = _transformer(model)
-    transformer.query_length, transformer.document_length = config.query_length, config.passage_length
-    pooling = next((module.pooling_mode for module in model if isinstance(module, Pooling)), "own")
-    return Contract(
-        query_prefix,
-        passage_prefix,
-        config.query_length,
-        config.passage_length,
-        str(pooling),
-        str(model.similarity_fn_name),
-        config.title,
-        int(model.get_embedding_dimension() or 0),
+def _strip_padding(tokenizer: str) -> str:
+    """Return a tokenizer's JSON without the lengths that a call leaves in it."""
+    return json.dumps(
+        {key: value for key, value in json.loads(tokenizer).items() if key not in ("truncation", "padding")}
     )
+
+
+def _require_contract(encoder: DualEncoder, config: ModelConfig, name: str) -> None:
+    """Refuse options that a saved model's contract does not have."""
+    plain = ModelConfig()
+    for option in fields(config):
+        asked = getattr(config, option.name)
+        if option.name in ("start", "device") or asked == getattr(plain, option.name):
+            continue
+        kept = encoder.temperature if option.name == "temperature" else getattr(encoder.contract, option.name, None)
+        if asked != kept:
+            raise UsageError(
+                f"Option {option.name} is {asked!r}, but this model was saved with {kept!r}.",
+                path=name,
+                remedy="Leave the option out, or start from the model that this one was made from.",
+            )
 
 
 def _describe(contract: Contract) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ EXAMPLE_SCHEMA = pa.schema(
         ("negative_scores", pa.list_(pa.float32())),
     ]
 )
+_BREAKS = re.compile(r"[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 
 
@@ -179,7 +181,7 @@ def read_run(path: Path) -> Run:
     ranked: dict[str, dict[str, float]] = {}
     for number, text in read_lines(path):
         try:
-            query_id, _, passage_id, _, score, _ = text.split()
+            query_id, _, passage_id, _, score, _ = text.split("\t") if "\t" in text else text.split()
             value = float(score)
             if math.isnan(value):
                 raise ValueError("no number")
@@ -203,11 +205,15 @@ def read_run(path: Path) -> Run:
 
 
 def write_trec_run(path: Path, run: Run, tag: str) -> None:
-    """Write a run in TREC's form, ranks from 1, scores with all digits of a float32."""
+    """Write a run in TREC's form, ranks from 1, scores with all digits of a float32.
+
+    Fields are separated by a blank, or by tabs where an id has a blank in it.
+    """
     with path.open("w", encoding="utf-8") as stream:
         for query_id in run:
             for rank, (passage_id, score) in enumerate(run[query_id], start=1):
-                stream.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
+                gap = "\t" if " " in query_id or " " in passage_id else " "
+                stream.write(gap.join((query_id, "Q0", passage_id, str(rank), f"{score:.9g}", tag)) + "\n")
 
 
 @contextmanager
@@ -282,6 +288,10 @@ def _group(lines: Iterable[tuple[int, str, str, int]]) -> Qrels:
 def _require_clean(text: str, key: str, path: Path, line: int) -> str:
     if "\0" in text:
         raise DataError(f'"{key}" has a NUL character.', path=path, line=line, remedy="Remove it.")
+    if key == "_id" and _BREAKS.search(text):
+        raise DataError(
+            '"_id" has a tab or a line break.', path=path, line=line, remedy="Qrels and runs need ids without."
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pairdr.measures import reciprocal_ranks
-from pairdr.records import Run, Scored
+from pairdr.records import Qrels, Run, Scored
 
 STEP = 0.1
 Array = npt.NDArray[np.float64]
@@ -70,19 +70,39 @@ def fused_reciprocal_ranks(
     return reciprocal_ranks(ranked)
 
 
-def tune_run_weights(runs: Sequence[Run], qrels: dict[str, dict[str, int]]) -> tuple[float, ...]:
-    """Return the weights for `fuse_runs` with the best RR@10 on labelled queries."""
+def cross_fit(
+    scores: Sequence[Sequence[Array]], relevant: Sequence[npt.NDArray[np.bool_]]
+) -> tuple[Array, tuple[float, ...]]:
+    """Return RR@10 per query with weights that the other half of the queries chose, and the weights that all choose.
+
+    So a fusion is judged on queries that did not choose its weights, and still uses all of them.
+    """
+    if len(scores[0]) == 1:
+        return fused_reciprocal_ranks(scores, relevant, (1.0,)), (1.0,)
+    values = np.zeros(len(scores))
+    halves = [range(0, len(scores), 2), range(1, len(scores), 2)]
+    for chosen, judged in (halves, halves[::-1]):
+        source = chosen if len(chosen) else judged
+        weights = tune_weights([scores[at] for at in source], [relevant[at] for at in source])
+        parts = [scores[at] for at in judged], [relevant[at] for at in judged]
+        values[list(judged)] = fused_reciprocal_ranks(*parts, weights)
+    return values, tune_weights(scores, relevant)
+
+
+def tune_run_weights(runs: Sequence[Run], qrels: Qrels) -> tuple[tuple[float, ...], float]:
+    """Return the weights for `fuse_runs` with the best RR@10 on labelled queries, and its cross-fitted RR@10."""
     scores, relevant = [], []
     for query_id, judged in qrels.items():
         ids, systems = _align([dict(run[query_id]) if query_id in run else {} for run in runs])
         scores.append(systems)
         relevant.append(np.array([judged.get(passage_id, 0) > 0 for passage_id in ids], dtype=bool))
-    return tune_weights(scores, relevant)
+    values, weights = cross_fit(scores, relevant)
+    return weights, float(values.mean())
 
 
 def _fuse_query(runs: Sequence[Run], weights: Sequence[float], query_id: str, k: int) -> list[Scored]:
     ids, systems = _align([dict(run[query_id]) if query_id in run else {} for run in runs])
-    fused = np.asarray(sum(w * s for w, s in zip(weights, systems, strict=True)))
+    fused = np.asarray(sum(w * s for w, s in zip(weights, systems, strict=True)), dtype=np.float32)  # as runs keep it
     hits = sorted(zip(ids, fused.tolist(), strict=True), key=lambda hit: (-hit[1], hit[0]))[:k]
     return [Scored(*hit) for hit in hits]
 

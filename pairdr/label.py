@@ -23,13 +23,15 @@ from pairdr.collection import Collection
 from pairdr.config import LabelConfig
 from pairdr.errors import RefusedError
 from pairdr.formats import write_examples
-from pairdr.mine import Candidates
+from pairdr.mine import Candidates, is_near_copy
 from pairdr.progress import show_progress
 from pairdr.records import Example, Qrels, Run, Scored, positives_of, split_blocks
 from pairdr.teachers import Teacher
 
 BLOCK = 64
 LEAST_SHARE, MOST_SHARE = 0.01, 0.95
+CALIBRATED_SHARE = 0.9
+"""A calibrated s_pos labels at most this share of the queries: below the share at which labels are refused."""
 LEAST_QUERIES = 20
 """Fewer dev queries than this above a threshold say nothing of its precision."""
 SOURCES = ("labelled", "pseudo", "plain")
@@ -43,8 +45,8 @@ class Calibration:
     Attributes:
         s_pos: a pseudo positive scores above this.
         s_neg: a negative scores below this.
-        precision: share of right pseudo positives among the dev queries that get one; a lower bound, since
-            dev labels are rarely complete. None where s_pos was given.
+        precision: share of right pseudo positives among the dev queries that get one, judged on queries that did
+            not choose the threshold; a lower bound, since dev labels are rarely complete. None where none gets one.
         yield_share: share of the dev queries that get a pseudo positive.
         queries: dev queries behind these numbers.
     """
@@ -88,6 +90,7 @@ def label_examples(
         "candidates": candidates.fingerprint,
         "teacher": teacher_fingerprint,
     }
+    candidates.require_collection(collection)
     with publish(output, "examples", options=config.as_dict(), inputs=inputs) as staging:
         facts = staging.facts
         counts: Counter[str] = Counter()
@@ -97,11 +100,11 @@ def label_examples(
             write_examples(staging.path / "labelled.arrow", _label_plainly(collection, candidates, config))
             write_examples(staging.path / "pseudo.arrow", [])
             return dict(facts)
-        calibration = calibrate(collection, candidates.student, teacher, config)
+        calibration = calibrate(collection, candidates.merged, teacher, config)
         facts |= {"teacher": teacher.name, "calibration": asdict(calibration)}
         labelled = _denoise(collection, candidates, teacher, calibration.s_neg, config, counts)
         facts["labelled"] = write_examples(staging.path / "labelled.arrow", labelled)
-        pseudo = list(_label_pool(collection, candidates.student, teacher, calibration, config, counts))
+        pseudo = list(_label_pool(collection, candidates.merged, teacher, calibration, config, counts))
         facts["pseudo"] = write_examples(staging.path / "pseudo.arrow", pseudo)
         facts |= {
             "counts": dict(counts),
@@ -113,12 +116,12 @@ def label_examples(
     return dict(facts)
 
 
-def calibrate(collection: Collection, student: Run, teacher: Teacher, config: LabelConfig) -> Calibration:
+def calibrate(collection: Collection, ranked: Run, teacher: Teacher, config: LabelConfig) -> Calibration:
     """Choose s_pos for the wanted precision and s_neg for the accepted share of false negatives, on dev.
 
     Args:
         collection: the data; its dev split is used.
-        student: candidates of the dev queries.
+        ranked: candidates of the dev queries.
         teacher: whose scores they are.
         config: the wanted precision; thresholds that are given are kept.
 
@@ -128,27 +131,50 @@ def calibrate(collection: Collection, student: Run, teacher: Teacher, config: La
     tops: list[tuple[float, bool]] = []
     positives: list[float] = []
     dev = collection.qrels("dev")
-    for query_id, hits, scores in score_candidates(collection, student, teacher, list(dev), config.label_depth):
+    for query_id, hits, scores in score_candidates(collection, ranked, teacher, list(dev), config.label_depth):
         known = positives_of(dev, query_id)
         if not hits:
             continue
         best = int(np.argmax(scores))
         tops.append((float(scores[best]), hits[best].passage_id in known))
         positives += [float(s) for hit, s in zip(hits, scores, strict=True) if hit.passage_id in known]
-    s_pos = choose_s_pos(tops, config.target_precision) if config.s_pos is None else config.s_pos
-    if s_pos is None:
-        best_precision = max((right for right in _precisions(tops)), default=0.0)
-        raise RefusedError(
-            f"No threshold gives pseudo positives with a precision of {config.target_precision:g} on "
-            f"{LEAST_QUERIES} of {len(tops)} dev queries or more; the best is {best_precision:.2f}.",
-            remedy="Use a better teacher, or lower --target-precision.",
-        )
+    s_pos = _calibrate_s_pos(tops, config.target_precision) if config.s_pos is None else config.s_pos
     s_neg = config.s_neg
     if s_neg is None:
         s_neg = min(s_pos, float(np.quantile(positives, config.false_negatives)) if positives else s_pos)
-    above = [right for score, right in tops if score > s_pos]
-    precision = sum(above) / len(above) if above else None
-    return Calibration(s_pos, s_neg, precision, len(above) / max(1, len(tops)), len(tops))
+    labelled, right = _expect(tops, config)
+    return Calibration(s_pos, s_neg, right / labelled if labelled else None, labelled / max(1, len(tops)), len(tops))
+
+
+def _calibrate_s_pos(tops: Sequence[tuple[float, bool]], target: float) -> float:
+    if len(tops) < 2 * LEAST_QUERIES:
+        raise RefusedError(
+            f"{len(tops)} dev queries are too few to calibrate a teacher; it takes {2 * LEAST_QUERIES}.",
+            remedy="Label more dev queries, or give --s-pos and --s-neg.",
+        )
+    s_pos = choose_s_pos(tops, target)
+    if s_pos is None:
+        raise RefusedError(
+            f"No threshold gives pseudo positives with a precision of {target:g} on {LEAST_QUERIES} of {len(tops)} "
+            f"dev queries or more; the best is {max(_precisions(tops)):.2f}.",
+            remedy="Use a better teacher, or lower --target-precision.",
+        )
+    return s_pos
+
+
+def _expect(tops: Sequence[tuple[float, bool]], config: LabelConfig) -> tuple[int, int]:
+    """Return how many dev queries get a pseudo positive and how many of these are right.
+
+    A calibrated threshold is judged on the half of the queries that did not choose it, both ways.
+    """
+    halves = (tops[::2], tops[1::2]) if config.s_pos is None else (tops, [])
+    labelled = right = 0
+    for chosen, judged in (halves, halves[::-1]):
+        threshold = choose_s_pos(chosen, config.target_precision) if config.s_pos is None else config.s_pos
+        above = [ok for score, ok in judged if threshold is not None and score > threshold]
+        labelled += len(above)
+        right += sum(above)
+    return labelled, right
 
 
 def choose_s_pos(tops: Sequence[tuple[float, bool]], target: float) -> float | None:
@@ -163,7 +189,8 @@ def choose_s_pos(tops: Sequence[tuple[float, bool]], target: float) -> float | N
     """
     ordered = sorted((score for score, _ in tops), reverse=True)
     best: float | None = None
-    for count, precision in enumerate(_precisions(tops), start=LEAST_QUERIES):
+    most = max(LEAST_QUERIES, math.floor(CALIBRATED_SHARE * len(tops)))
+    for count, precision in enumerate(_precisions(tops)[: max(0, most - LEAST_QUERIES + 1)], start=LEAST_QUERIES):
         follower = ordered[count] if count < len(ordered) else -math.inf
         if precision >= target and follower < ordered[count - 1]:
             best = follower if math.isfinite(follower) else ordered[-1] - 1e-6
@@ -233,7 +260,7 @@ def _denoise(
     The teacher sees the same candidates as for the pool, positives included: fused scores depend on the company.
     """
     mined = {query_id: {hit.passage_id for hit in candidates.negatives[query_id]} for query_id in candidates.negatives}
-    for query_id, hits, scores in score_candidates(collection, candidates.student, teacher, mined, config.label_depth):
+    for query_id, hits, scores in score_candidates(collection, candidates.merged, teacher, mined, config.label_depth):
         usable = [
             (hit.passage_id, float(s)) for hit, s in zip(hits, scores, strict=True) if hit.passage_id in mined[query_id]
         ]
@@ -253,18 +280,22 @@ def _rows(collection: Collection, query_id: str, negatives: list[str], scores: l
 
 def _label_pool(
     collection: Collection,
-    student: Run,
+    ranked: Run,
     teacher: Teacher,
     calibration: Calibration,
     config: LabelConfig,
     counts: Counter[str],
 ) -> Iterator[Example]:
-    for query_id, hits, scores in score_candidates(collection, student, teacher, collection.pool, config.label_depth):
+    for query_id, hits, scores in score_candidates(collection, ranked, teacher, collection.pool, config.label_depth):
         picked = pick_pseudo_labels(hits, scores.tolist(), calibration.s_pos, calibration.s_neg, config.negatives)
         if picked is None:
             counts["pool queries without a sure positive or negative"] += 1
             continue
-        positive, negatives = hits[picked[0]].passage_id, picked[1]
+        positive = hits[picked[0]].passage_id
+        negatives = [at for at in picked[1] if not is_near_copy(collection, hits[at].passage_id, [positive])]
+        if not negatives:
+            counts["pool queries without a sure positive or negative"] += 1
+            continue
         yield Example(
             query_id,
             positive,

@@ -107,7 +107,7 @@ def compute_p_value(
             "The two systems were measured on different queries.", remedy="Evaluate both on the same split."
         )
     difference = np.array([first[query_id] - second[query_id] for query_id in first])
-    if not difference.any():
+    if len(difference) < 2 or not difference.any():
         return 1.0
 
     def mean(values: npt.NDArray[np.float64], axis: int) -> npt.NDArray[np.float64]:

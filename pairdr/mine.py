@@ -1,31 +1,34 @@
 """Candidates for every query, and hard negatives for the labelled ones.
 
-Candidates are the top of the student and of BM25. A candidate of a labelled query becomes a hard negative unless it
-is a known positive, a near copy of one, too near to the positive's score, or above the maximum score. How many were
-kept, and why the others were not, is counted.
+Candidates are the top of the student and of BM25, taken in turns. A candidate of a labelled query becomes a hard
+negative unless it is a known positive, a near copy of one, too near to the positive's score, or above the maximum
+score. How many were kept, and why the others were not, is counted. Passages that the data holds out are no candidates
+for training queries.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from pairdr.artefact import hash_file, publish, read_manifest
 from pairdr.collection import Collection, normalise_text
 from pairdr.config import MineConfig, SearchConfig
-from pairdr.errors import DataError
+from pairdr.errors import ArtefactError, DataError
 from pairdr.formats import read_run, write_run
 from pairdr.lexical import LexicalIndex
 from pairdr.progress import show_progress
 from pairdr.records import Query, Run, Scored, positives_of, split_blocks
 from pairdr.search import rank_dense, rank_words
-from pairdr.vectors import VectorStore
+from pairdr.vectors import KnownVectors, VectorStore
 
 if TYPE_CHECKING:
     from pairdr.encoder import DualEncoder
@@ -41,14 +44,32 @@ class Candidates:
     Attributes:
         student: the student's best passages for train, dev and pool queries.
         bm25: BM25's.
+        merged: both in turns, with the student's scores: what is labelled.
         negatives: hard negatives for labelled training queries, with the student's scores.
         fingerprint: of the content.
+        collection: fingerprint of the data that was mined; None for a run of another tool.
     """
 
     student: Run
     bm25: Run
+    merged: Run
     negatives: Run
     fingerprint: str
+    collection: str | None
+
+    def require_collection(self, collection: Collection) -> None:
+        """Refuse candidates of other data, or of other splits of it.
+
+        Raises:
+            ArtefactError: naming both fingerprints.
+        """
+        if self.collection not in (None, collection.fingerprint):
+            raise ArtefactError(
+                f"These candidates were mined from data {str(self.collection)[:12]}, "
+                f"this is {collection.fingerprint[:12]}.",
+                path=collection.source,
+                remedy="Use the same data and the same --hide-labels, --unlabelled and --data-seed, or mine again.",
+            )
 
 
 def mine_candidates(
@@ -85,11 +106,23 @@ def mine_candidates(
         }
         for name, blocks in rankings.items():
             _write_blocks(staging.path / f"{name}.arrow", name, blocks, len(query_ids))
-        student = Run.open(staging.path / "student.arrow")
+        student, bm25 = (Run.open(staging.path / f"{name}.arrow") for name in rankings)
+        known = KnownVectors(collection, store)
+        with write_run(staging.path / "merged.arrow") as add:
+            for ids in split_blocks(query_ids, search.query_block):
+                vectors = encoder.encode_queries([collection.query(query_id).text for query_id in ids])  # [Q, D]
+                merged_ids = [merge_hits(student[query_id], bm25[query_id], config.depth) for query_id in ids]
+                triples = zip(ids, merged_ids, vectors, strict=True)
+                add(ids, [_score_hits(collection, q, found, vector, known) for q, found, vector in triples])
+        merged = Run.open(staging.path / "merged.arrow")
+        margins = config
+        if encoder.contract.similarity != "cosine":
+            # A share of an unbounded inner product means nothing: 5 % of 180 is more than the candidates' whole spread.
+            margins = replace(config, relative_margin=None)
         counts: Counter[str] = Counter()
         with write_run(staging.path / "negatives.arrow") as add:
             for block in split_blocks(enumerate(collection.qrels("train")), search.query_block):
-                chosen = [choose_negatives(collection, student, q, config, counts, number) for number, q in block]
+                chosen = [choose_negatives(collection, merged, q, margins, counts, number) for number, q in block]
                 add([query_id for _, query_id in block], chosen)
         staging.facts |= {
             "labelled": len(collection.qrels("train")),
@@ -102,9 +135,10 @@ def mine_candidates(
 
 def read_candidates(folder: str | Path) -> Candidates:
     """Memory-map what `mine_candidates` wrote."""
-    fingerprint = read_manifest(folder, "candidates").fingerprint
-    student, bm25, negatives = (Run.open(Path(folder) / f"{name}.arrow") for name in ("student", "bm25", "negatives"))
-    return Candidates(student, bm25, negatives, fingerprint)
+    manifest = read_manifest(folder, "candidates")
+    names = ("student", "bm25", "merged", "negatives")
+    student, bm25, merged, negatives = (Run.open(Path(folder) / f"{name}.arrow") for name in names)
+    return Candidates(student, bm25, merged, negatives, manifest.fingerprint, manifest.inputs["collection"])
 
 
 def open_candidates(path: str | Path, collection: Collection) -> Candidates:
@@ -118,25 +152,27 @@ def open_candidates(path: str | Path, collection: Collection) -> Candidates:
     train = collection.qrels("train")
     negatives = Run.from_mapping(
         {
-            query_id: [hit for hit in run[query_id] if hit.passage_id not in positives_of(train, query_id)]
+            query_id: [
+                hit for hit in run[query_id] if not _answers(collection, hit.passage_id, positives_of(train, query_id))
+            ]
             for query_id in train
             if query_id in run
         }
     )
-    return Candidates(run, run, negatives, hash_file(Path(path)))
+    return Candidates(run, run, run, negatives, hash_file(Path(path)), None)
 
 
 def choose_negatives(
-    collection: Collection, student: Run, query_id: str, config: MineConfig, counts: Counter[str], number: int = 0
+    collection: Collection, ranked: Run, query_id: str, config: MineConfig, counts: Counter[str], number: int = 0
 ) -> list[Scored]:
-    """Return the hard negatives of one labelled query, best-scored first, and count what became of each candidate.
+    """Return the hard negatives of one labelled query in rank order, and count what became of each candidate.
 
     The margins compare with the best-scored known positive among the candidates; where none was retrieved, every
     candidate already beats it, so the margins do not apply.
 
     Args:
         collection: the data.
-        student: candidates with the student's scores.
+        ranked: candidates with the student's scores.
         query_id: a labelled query.
         config: margins, maximum score, sampling.
         counts: reason to number of candidates; added to.
@@ -145,7 +181,7 @@ def choose_negatives(
     positives = positives_of(collection.qrels("train"), query_id)
     if not positives:
         raise DataError(f"Query {query_id!r} has no relevant passage.", remedy="Remove its labels or add one above 0.")
-    hits = student[query_id]
+    hits = ranked[query_id]
     known = [hit.score for hit in hits if hit.passage_id in positives]
     limit = _highest_score(max(known, default=None), config)
     survivors = []
@@ -156,7 +192,7 @@ def choose_negatives(
             else "too near the positive's score"
             if hit.score > limit
             else "near copy of a positive"
-            if _is_near_copy(collection, hit.passage_id, positives, config.near_copy)
+            if is_near_copy(collection, hit.passage_id, positives, config.near_copy)
             else None
         )
         if reason is None:
@@ -181,12 +217,35 @@ def jaccard_grams(first: str, second: str) -> float:
     return len(one & two) / len(one | two)
 
 
-def _is_near_copy(collection: Collection, passage_id: str, positives: Iterable[str], level: float) -> bool:
+def is_near_copy(
+    collection: Collection, passage_id: str, positives: Iterable[str], level: float = MineConfig.near_copy
+) -> bool:
+    """Return whether a passage has the text of a positive, or nearly: word-5-gram Jaccard of at least `level`."""
     text = _normalised(collection, passage_id)
     return any(
         text == other or jaccard_grams(text, other) >= level
         for other in (_normalised(collection, positive) for positive in positives)
     )
+
+
+def merge_hits(first: Sequence[Scored], second: Sequence[Scored], most: int) -> list[str]:
+    """Return passage ids of two rankings in turns, each once."""
+    pairs = zip_longest(first, second)
+    return list(dict.fromkeys(hit.passage_id for pair in pairs for hit in pair if hit is not None))[:most]
+
+
+def _score_hits(
+    collection: Collection, query_id: str, passage_ids: list[str], vector: npt.NDArray[np.float32], known: KnownVectors
+) -> list[Scored]:
+    """Return the hits with the student's scores; held-out passages are dropped unless the query is a dev one."""
+    if query_id not in collection.qrels("dev"):
+        passage_ids = [passage_id for passage_id in passage_ids if passage_id not in collection.held_out]
+    scores = known.take(passage_ids) @ vector
+    return [Scored(*hit) for hit in zip(passage_ids, scores.tolist(), strict=True)]
+
+
+def _answers(collection: Collection, passage_id: str, positives: Sequence[str]) -> bool:
+    return passage_id in positives or is_near_copy(collection, passage_id, positives)
 
 
 def _highest_score(positive: float | None, config: MineConfig) -> float:

@@ -15,9 +15,10 @@ from typing import Any
 
 from pairdr.artefact import read_manifest, replace_file, verify_artefact
 from pairdr.collection import Collection, open_collection
-from pairdr.config import LexicalConfig, ModelConfig, RunConfig, TrainConfig
+from pairdr.config import DataConfig, LexicalConfig, ModelConfig, RunConfig, TrainConfig
 from pairdr.costs import GIB, Cost, measure_costs
-from pairdr.errors import ArtefactError
+from pairdr.errors import ArtefactError, UsageError
+from pairdr.measures import parse_measures
 from pairdr.progress import say
 from pairdr.search import WORK_FILE
 from pairdr.steps import FUSED, list_steps, table_split
@@ -25,6 +26,7 @@ from pairdr.table import Table, read_table
 from pairdr.work import Work
 
 DEMO = RunConfig(
+    data=DataConfig(hide_labels=1 / 3),
     model=ModelConfig(start="minilm", query_length=64, passage_length=64),
     lexical=LexicalConfig(split_names=True),
     train=TrainConfig(max_steps=50, dropout=0.0),
@@ -64,6 +66,7 @@ def run_pipeline(
     source = Path(data.source) if isinstance(data, Collection) else Path(data)
     collection = data if isinstance(data, Collection) else open_collection(data, config.data, strict=False)
     work = Work(output, collection, config)
+    require_depth(config)
     with work.lock():
         ran = _run_steps(work)
         _write_work_file(work, source)
@@ -77,15 +80,17 @@ def run_demo(output: str | Path, arms: tuple[str, ...] = DEMO.arms) -> RunResult
         output: the folder.
         arms: models to train.
     """
-    from pairdr.sources.python_docs import build_python_docs
+    from pairdr.sources.python_docs import HELD_OUT, build_python_docs
 
     data = Path(output) / "data"
     try:
         verify_artefact(data)
     except ArtefactError:
         say("reading the documentation of Python and its libraries ...")
-        build_python_docs(data)
-    return run_pipeline(data, Path(output) / "work", replace(DEMO, arms=arms))
+        build_python_docs(data, train_queries=3000, pool_queries=0)
+    # A third of the training labels is hidden: those questions are the pool, and the labels measure what it gets.
+    options = replace(DEMO.data, held_out=data / HELD_OUT)
+    return run_pipeline(data, Path(output) / "work", replace(DEMO, arms=arms, data=options))
 
 
 def plan_run(data: str | Path, output: str | Path, config: RunConfig) -> list[tuple[str, str, Cost | None]]:
@@ -96,7 +101,7 @@ def plan_run(data: str | Path, output: str | Path, config: RunConfig) -> list[tu
     collection = open_collection(data, config.data, strict=False)
     work = Work(output, collection, config)
     costs = measure_costs(collection, config.model)
-    fingerprints: dict[str, str] = {"collection": collection.fingerprint}
+    fingerprints = work.list_sources()
     lines: list[tuple[str, str, Cost | None]] = []
     for step in list_steps(work):
         found = None
@@ -132,9 +137,23 @@ def format_plan(lines: list[tuple[str, str, Cost | None]]) -> str:
     return "\n".join(rows)
 
 
+def require_depth(config: RunConfig) -> None:
+    """Refuse measures that look deeper than search goes, before anything is made.
+
+    Raises:
+        UsageError: naming the measure and the depth.
+    """
+    for name, measure in zip(config.evaluate.measures, parse_measures(config.evaluate.measures), strict=True):
+        depth = measure.params.get("cutoff")
+        if depth is not None and depth > config.search.k:
+            raise UsageError(
+                f"{name} looks {depth} deep, and search stops at {config.search.k}.", remedy=f"Set --k {depth}."
+            )
+
+
 def _run_steps(work: Work) -> list[str]:
     """Make what is not up to date, in order, and return the names of the steps that ran."""
-    fingerprints = {"collection": work.collection.fingerprint}
+    fingerprints = work.list_sources()
     ran = []
     for step in list_steps(work):
         place = work.path(step.output)
@@ -153,12 +172,16 @@ def _run_steps(work: Work) -> list[str]:
 
 def _write_work_file(work: Work, source: Path) -> None:
     facts = read_manifest(work.path("runs", table_split(work), FUSED), "run").facts
+    data = work.config.data.as_dict()
+    data["unlabelled"] = [str(Path(name).resolve()) for name in data["unlabelled"]]
+    data["held_out"] = str(Path(data["held_out"]).resolve()) if data["held_out"] else None
     content = {
         "model": "models/pair",
         "vectors": "vectors/pair",
         "collection": str(source.resolve()),
-        "data": work.config.data.as_dict(),
+        "data": data,
         "mode": facts["mode"],
+        "k": work.config.search.k,
         "weights": facts["weights"],
     }
     text = json.dumps(content, indent=1) + "\n"

@@ -45,18 +45,7 @@ def rank_dense(
         ArtefactError: the vectors were made by another model, prefix or length.
     """
     store.require_encoder(encoder.fingerprint)
-    for block in split_blocks(queries, config.query_block):
-        vectors = encoder.encode_queries([query.text for query in block])  # [Q, D]
-        k = min(config.k, store.count)
-        rows, scores = search_exact(vectors, store.read_blocks(config.passage_block), store.id_rank, k)
-        ids = store.ids_of(rows.reshape(-1))
-        yield (
-            [query.query_id for query in block],
-            [
-                [Scored(*hit) for hit in zip(ids[at * k : (at + 1) * k], scores[at].tolist(), strict=True)]
-                for at in range(len(block))
-            ],
-        )
+    yield from _rank_vectors(queries, encoder, store, config)
 
 
 def rank_words(
@@ -104,9 +93,10 @@ class Searcher:
         index: LexicalIndex,
         mode: Mode,
         weights: Sequence[float],
+        depth: int,
     ) -> None:
         self.collection, self.encoder, self.store, self.index = collection, encoder, store, index
-        self.mode, self.weights = mode, tuple(weights)
+        self.mode, self.weights, self.depth = mode, tuple(weights), depth
 
     @classmethod
     def open(cls, work: str | Path) -> Searcher:
@@ -122,9 +112,14 @@ class Searcher:
             raise ArtefactError(
                 "This is no finished work folder.", path=work, remedy="Run pairdr run DATA -o WORK first."
             )
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        data = dict(facts["data"])
-        data["unlabelled"] = tuple(Path(name) for name in data["unlabelled"])
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            data = dict(facts["data"])
+            data["unlabelled"] = tuple(Path(name) for name in data["unlabelled"])
+            data["held_out"] = Path(data["held_out"]) if data["held_out"] else None
+            mode, weights, depth = facts["mode"], facts["weights"], facts["k"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtefactError("The file cannot be read.", path=path, remedy="Run pairdr run again.") from error
         collection = open_collection(facts["collection"], DataConfig(**data))
         encoder = DualEncoder.open(Path(work) / facts["model"])
         store = VectorStore(Path(work) / facts["vectors"])
@@ -133,7 +128,7 @@ class Searcher:
             raise ArtefactError(
                 "The corpus has changed since it was encoded.", path=work, remedy="Run pairdr run again."
             )
-        return cls(collection, encoder, store, LexicalIndex(Path(work) / "bm25"), facts["mode"], facts["weights"])
+        return cls(collection, encoder, store, LexicalIndex(Path(work) / "bm25"), mode, weights, depth)
 
     def search(self, text: str, k: int = 10, mode: Mode | None = None) -> list[Hit]:
         """Return the k best passages for a question.
@@ -151,10 +146,10 @@ class Searcher:
             raise UsageError("The question is empty.", remedy="Write one.")
         if k < 1:
             raise UsageError(f"k is {k}; it must be at least 1.")
-        config = SearchConfig(k=max(k, 100) if mode == "hybrid" else k)
+        config = SearchConfig(k=max(k, self.depth) if mode == "hybrid" else k)
         query = [Query("q", text)]
         rankers: dict[str, Callable[[], Iterator[tuple[list[str], list[list[Scored]]]]]] = {
-            "dense": lambda: rank_dense(query, self.encoder, self.store, config),
+            "dense": lambda: _rank_vectors(query, self.encoder, self.store, config),
             "bm25": lambda: rank_words(query, self.collection, self.index, config),
         }
         if mode not in (*rankers, "hybrid"):
@@ -162,6 +157,23 @@ class Searcher:
         runs = [_collect(rankers[name]()) for name in (("dense", "bm25") if mode == "hybrid" else (mode,))]
         run = fuse_runs(runs, self.weights, k) if mode == "hybrid" else runs[0]
         return [Hit(hit.passage_id, hit.score, self.collection.passage(hit.passage_id)) for hit in run["q"]]
+
+
+def _rank_vectors(
+    queries: Iterable[Query], encoder: DualEncoder, store: VectorStore, config: SearchConfig
+) -> Iterator[tuple[list[str], list[list[Scored]]]]:
+    for block in split_blocks(queries, config.query_block):
+        vectors = encoder.encode_queries([query.text for query in block])  # [Q, D]
+        k = min(config.k, store.count)
+        rows, scores = search_exact(vectors, store.read_blocks(config.passage_block), store.id_rank, k)
+        ids = store.ids_of(rows.reshape(-1))
+        yield (
+            [query.query_id for query in block],
+            [
+                [Scored(*hit) for hit in zip(ids[at * k : (at + 1) * k], scores[at].tolist(), strict=True)]
+                for at in range(len(block))
+            ],
+        )
 
 
 def _collect(blocks: Iterator[tuple[list[str], list[list[Scored]]]]) -> Run:

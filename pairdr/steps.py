@@ -16,7 +16,7 @@ from pairdr.check import check_collection, fingerprint_start, require_sound
 from pairdr.config import ARMS, RunConfig, TrainConfig, list_stages
 from pairdr.costs import Cost, CostModel
 from pairdr.encode import encode_corpus
-from pairdr.encoder import DualEncoder, is_retriever
+from pairdr.encoder import DualEncoder
 from pairdr.errors import RefusedError, UsageError
 from pairdr.formats import write_run, write_trec_run
 from pairdr.fusion import fuse_runs, tune_run_weights
@@ -25,6 +25,7 @@ from pairdr.lexical import index_words
 from pairdr.measures import mean_measures, measure_run
 from pairdr.mine import mine_candidates
 from pairdr.progress import say
+from pairdr.records import positives_of
 from pairdr.search import rank_dense, rank_words, write_search
 from pairdr.table import compare_systems, describe_fusion, describe_labels
 from pairdr.teach import choose_teacher, read_recipe
@@ -34,6 +35,7 @@ from pairdr.warm import warm_student
 from pairdr.work import Work
 
 FUSED = "pair_bm25"
+NO_PASSAGE_CENTRIC: dict[str, Any] = {"alpha": 0.0, "passage_negatives": "official"}  # options that are not read then
 POOL_SHARE = 0.5
 """Share of the pool that is taken to get a pseudo label when costs are predicted."""
 
@@ -86,7 +88,7 @@ def _list_preparation(work: Work) -> list[Step]:
             "bm25",
             "bm25",
             config.lexical.as_dict(),
-            ("collection",),
+            ("passages",),
             lambda: index_words(data, config.lexical, work.path("bm25")),
         ),
         _encode_step(work, "start"),
@@ -96,8 +98,8 @@ def _list_preparation(work: Work) -> list[Step]:
             Step("whole", "models/whole", model, (), partial(_save_start, work, "whole", None)),
             _encode_step(work, "whole"),
         ]
-    if _warms(work):
-        options = [config.warm.as_dict(), config.train.as_dict()]
+    if work.student == "student":
+        read = replace(config.train, **NO_PASSAGE_CENTRIC, num_train_epochs=1.0, max_steps=None)
 
         def warm() -> None:
             warm_student(
@@ -114,7 +116,7 @@ def _list_preparation(work: Work) -> list[Step]:
             Step(
                 "student",
                 "models/student",
-                options,
+                [config.warm.as_dict(), read.as_dict()],
                 ("collection", "start", "bm25"),
                 warm,
                 lambda costs: _train_cost(costs, config.warm.warm_steps, config.train),
@@ -125,7 +127,7 @@ def _list_preparation(work: Work) -> list[Step]:
 
 
 def _list_labelling(work: Work) -> list[Step]:
-    config, data, student = work.config, work.collection, _student(work)
+    config, data, student = work.config, work.collection, work.student
     teaching = config.teach
     if config.model.layers is not None and teaching.dual_encoder is None:
         # The whole model that the start was cut from is a larger dual encoder, and at hand.
@@ -187,12 +189,12 @@ def _list_training(work: Work) -> list[Step]:
     config = work.config
     steps = []
     for arm in list_arms(config):
-        options = [config.train.as_dict(), arm]
+        read = config.train if arm == "pair" else replace(config.train, **NO_PASSAGE_CENTRIC)
         steps += [
             Step(
                 f"train {arm}",
                 f"models/{arm}",
-                options,
+                [read.as_dict(), arm],
                 ("collection", "label", "start"),
                 partial(_train, work, arm),
                 lambda costs: _train_cost(costs, 2 * count_steps(_count_rows(work), config.train), config.train),
@@ -219,7 +221,7 @@ def _list_comparison(work: Work) -> list[Step]:
         "evaluate",
         "report",
         config.evaluate.as_dict(),
-        ("collection", "label", *(step.name for step in steps), "fuse"),
+        ("collection", "teach", "label", *(step.name for step in steps), "fuse"),
         partial(_evaluate, work, split, ["bm25", *models, FUSED]),
     )
     return [*steps, fused, last]
@@ -231,7 +233,7 @@ def _encode_step(work: Work, name: str, model_step: str | None = None) -> Step:
         f"encode {name}",
         f"vectors/{name}",
         config.as_dict(),
-        ("collection", model_step or name),
+        ("passages", model_step or name),
         lambda: encode_corpus(data, work.encoder(name), config, work.path("vectors", name)),
         lambda costs: costs.encode(len(data.passages)),
     )
@@ -294,7 +296,7 @@ def _label(work: Work) -> None:
         teacher_fingerprint=read_manifest(folder).fingerprint,
     )
     if recipe is not None:
-        teacher = load_teacher(recipe, folder, data, work.index, config.model, work.store(_student(work)))
+        teacher = load_teacher(recipe, folder, data, work.index, config.model, work.store(work.student))
         try:
             facts = label(teacher=teacher)
         except RefusedError as error:
@@ -314,7 +316,7 @@ def _train(work: Work, arm: str) -> None:
     examples = work.path("examples")
     stages = list_stages(arm, config.train)
     # Labelled only takes as many steps in its one stage as PAIR in its two.
-    rows = len(read_stage_examples(examples, list_stages("pair", config.train)[0]))
+    rows = len(read_stage_examples(examples, list_stages("pair", config.train)[1], config.train))
     steps = count_steps(rows, config.train) * (2 if len(stages) == 1 else 1)
     train_model(
         work.collection,
@@ -333,11 +335,8 @@ def _fuse(work: Work, split: str) -> None:
     config, data = work.config.search, work.collection
     runs = [work.run("dev", system) for system in ("pair", "bm25")]
     dev = data.qrels("dev")
-    weights = tune_run_weights(runs, dev)
-    fused, dense = (
-        mean_measures(measure_run(run, dev, ["RR@10"]))["RR@10"]
-        for run in (fuse_runs(runs, weights, config.k), runs[0])
-    )
+    weights, fused = tune_run_weights(runs, dev)
+    dense = mean_measures(measure_run(runs[0], dev, ["RR@10"]))["RR@10"]
     output = work.path("runs", split, FUSED)
     with publish(output, "run", options=config.as_dict() | {"weights": list(weights)}, inputs={}) as staging:
         run = fuse_runs([work.run(split, system) for system in ("pair", "bm25")], weights, config.k)
@@ -371,18 +370,11 @@ def _evaluate(work: Work, split: str, systems: list[str]) -> None:
     )
 
 
-def _warms(work: Work) -> bool:
-    when = work.config.warm.warm
-    return when == "always" or (when == "auto" and not is_retriever(work.config.model))
-
-
-def _student(work: Work) -> str:
-    return "student" if _warms(work) else "start"
-
-
 def table_split(work: Work) -> str:
     """Return the split of the table: test, or dev where there is none."""
-    return "test" if "test" in work.collection.given_splits else "dev"
+    return (
+        "test" if any(positives_of(labels, q) for labels in [work.collection.labels("test")] for q in labels) else "dev"
+    )
 
 
 def _count_training(work: Work) -> int:

@@ -27,7 +27,7 @@ MAIN = "pair"
 
 @dataclass(frozen=True)
 class Row:
-    """One system: its means, and the p-value of PAIR (or, for the fusion, of BM25) against it."""
+    """One system: its means, and the p-value of PAIR against it (None for PAIR itself)."""
 
     system: str
     means: dict[str, float]

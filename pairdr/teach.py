@@ -1,7 +1,8 @@
 """Find a teacher that beats the student, or say that there is none.
 
 Every teacher at hand re-ranks the student's best candidates of labelled dev queries. The one with the best RR@10 is
-taken, and only if a paired test says that it beats the student. Fusion weights are chosen on one half of the dev
+taken, and only if a paired test says that it beats the student; the p-value is multiplied by the number of teachers
+that were tried (Bonferroni). Fusion weights are chosen on one half of the dev
 queries and judged on the other, both ways, so the comparison is not flattered by the choice.
 """
 
@@ -13,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from pairdr.collection import Collection
 from pairdr.config import ModelConfig, TeachConfig
 from pairdr.encoder import DualEncoder
 from pairdr.errors import MissingExtraError, RefusedError
-from pairdr.fusion import fused_reciprocal_ranks, standardise, tune_weights
+from pairdr.fusion import cross_fit, standardise
 from pairdr.lexical import LexicalIndex
 from pairdr.measures import compute_p_value
 from pairdr.mine import Candidates
@@ -32,12 +33,11 @@ from pairdr.teachers import (
     CrossEncoderTeacher,
     DualEncoderTeacher,
     FusionTeacher,
-    KnownVectors,
     LexicalTeacher,
     Teacher,
     load_dual_encoder,
 )
-from pairdr.vectors import VectorStore
+from pairdr.vectors import KnownVectors, VectorStore
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,6 +111,7 @@ def choose_teacher(
         "encoder": student.fingerprint,
         "candidates": candidates.fingerprint,
     }
+    candidates.require_collection(collection)
     with publish(output, "teacher", options=config.as_dict(), inputs=inputs) as staging:
         known = KnownVectors(collection, store) if store is not None else None
         base = DualEncoderTeacher(student, "student", _relative(student_folder, output), known)
@@ -143,17 +144,25 @@ def require_accepted(result: TeachResult) -> None:
         RefusedError: naming both numbers.
     """
     if not result.accepted:
-        student, *others = result.verdicts
-        best = max(others, key=lambda verdict: verdict.rr10, default=None)
-        found = (
-            "there is no other teacher at hand"
-            if best is None
-            else (f"the best teacher, {best.name}, has RR@10 {best.rr10:.4f} (p = {best.p_value:.3f})")
-        )
-        raise RefusedError(
-            f"No teacher beats the student on dev: the student has RR@10 {student.rr10:.4f}, {found}.",
-            remedy="Name a stronger one with --cross-encoder or --dual-encoder, or train without pseudo labels.",
-        )
+        refuse_verdicts([asdict(verdict) for verdict in result.verdicts])
+
+
+def refuse_verdicts(verdicts: Sequence[dict[str, Any]]) -> NoReturn:
+    """Say that no teacher beats the student, with both numbers.
+
+    Args:
+        verdicts: as the teacher's manifest keeps them, the student first.
+
+    Raises:
+        RefusedError: always.
+    """
+    student, *others = verdicts
+    best = max(others, key=lambda verdict: verdict["rr10"])
+    raise RefusedError(
+        f"No teacher beats the student on dev: the student has RR@10 {student['rr10']:.4f}, the best teacher, "
+        f"{best['name']}, has {best['rr10']:.4f} (p = {best['p_value']:.3f}).",
+        remedy="Name a stronger one with --cross-encoder or --dual-encoder, or train without pseudo labels.",
+    )
 
 
 def judge_teachers(
@@ -185,7 +194,7 @@ def judge_teachers(
     baseline: dict[str, float] | None = None
     judged: list[tuple[Verdict, Teacher]] = []
     for teacher, members, scores in systems:
-        values, weights = _cross_fit(scores, relevant)
+        values, weights = cross_fit(scores, relevant)
         by_query = dict(zip(query_ids, values.tolist(), strict=True))
         judge = teacher or FusionTeacher(members, weights)
         p_value = None if baseline is None else compute_p_value(by_query, baseline, seed=config.teach_seed)
@@ -193,7 +202,11 @@ def judge_teachers(
         judged.append((Verdict(judge.name, float(values.mean()), p_value), judge))
     verdicts = [verdict for verdict, _ in judged]
     best, teacher = max(judged[1:], key=lambda pair: pair[0].rr10)
-    wins = best.rr10 > verdicts[0].rr10 and best.p_value is not None and best.p_value < config.gate_level
+    wins = (
+        best.rr10 > verdicts[0].rr10
+        and best.p_value is not None
+        and best.p_value * (len(judged) - 1) < config.gate_level
+    )
     return TeachResult(verdicts, teacher if wins else None, len(query_ids))
 
 
@@ -275,21 +288,6 @@ def _list_fusions(others: Sequence[str], student: str, lexical: str) -> list[tup
         *((student, lexical, other) for other in others),
     ]
     return pairs
-
-
-def _cross_fit(scores: Scored, relevant: Relevant) -> tuple[npt.NDArray[np.float64], tuple[float, ...]]:
-    """Return RR@10 per query with the weights that the other half chose, and the weights that all queries choose."""
-    if len(scores[0]) == 1:
-        return fused_reciprocal_ranks(scores, relevant, (1.0,)), (1.0,)
-    values = np.zeros(len(scores))
-    halves = [range(0, len(scores), 2), range(1, len(scores), 2)]
-    for chosen, judged in (halves, halves[::-1]):
-        source = chosen if len(chosen) else judged
-        weights = tune_weights([scores[i] for i in source], [relevant[i] for i in source])
-        values[list(judged)] = fused_reciprocal_ranks(
-            [scores[i] for i in judged], [relevant[i] for i in judged], weights
-        )
-    return values, tune_weights(scores, relevant)
 
 
 def _relative(source: str | Path, output: str | Path) -> str:

@@ -7,7 +7,7 @@ candidates of one query; calibration (label.py) finds out what a score is worth.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from pairdr.errors import UsageError
 from pairdr.fusion import standardise
 from pairdr.lexical import LexicalIndex
 from pairdr.records import Passage, Query
-from pairdr.vectors import VectorStore
+from pairdr.vectors import KnownVectors, VectorStore
 
 Scores = npt.NDArray[np.float64]
 
@@ -42,19 +42,6 @@ class Teacher(Protocol):
         """Return what `load_teacher` needs to make it again."""
 
 
-@dataclass(frozen=True)
-class KnownVectors:
-    """Vectors of a corpus that are there already."""
-
-    collection: Collection
-    store: VectorStore
-
-    def take(self, passages: Sequence[Passage]) -> npt.NDArray[np.float32]:
-        """Return the [n, D] vectors of passages."""
-        rows = [self.collection.passages.row_of(passage.passage_id) for passage in passages]
-        return self.store.take(np.array(rows, dtype=np.int64))
-
-
 class DualEncoderTeacher:
     """Inner products of a dual encoder; a passage is encoded once, however many queries it is a candidate of.
 
@@ -70,7 +57,9 @@ class DualEncoderTeacher:
         """Return the similarities."""
         vectors = self.encoder.encode_queries([query.text for query in queries])  # [Q, D]
         passages = (
-            [self._known.take(row) for row in candidates] if self._known else self._encode(candidates)
+            [self._known.take([p.passage_id for p in row]) for row in candidates]
+            if self._known
+            else self._encode(candidates)
         )  # [n, D] each
         return [(found @ vector).astype(np.float64) for vector, found in zip(vectors, passages, strict=True)]
 
@@ -215,5 +204,16 @@ def load_teacher(
 
 
 def load_dual_encoder(source: str, model: ModelConfig) -> DualEncoder:
-    """Load a dual encoder, whole, with the lengths and the title form of the student."""
-    return DualEncoder.load(replace(model, start=source, layers=None))
+    """Load a dual encoder, whole, with the lengths and the title form of the student and all else its own."""
+    return DualEncoder.load(
+        replace(
+            model,
+            start=source,
+            layers=None,
+            query_prefix=None,
+            passage_prefix=None,
+            pooling="auto",
+            similarity="auto",
+            temperature=None,
+        )
+    )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
@@ -119,14 +120,15 @@ def train_model(
         DataError: too few examples.
         PairdrError: the loss is no longer finite.
     """
+    require_same_data(examples, collection)
     folder = Path(start)
     for number, stage in enumerate(stages, start=1):
         place = Path(output) if number == len(stages) else Path(f"{output}.stage{number}")
-        rows = read_stage_examples(examples, stage)
-        options = config.as_dict() | {"stage": stage.as_dict(), "max_steps": max_steps or config.max_steps}
+        rows = read_stage_examples(examples, stage, config)
+        options = config.options_of(stage) | {"max_steps": max_steps or config.max_steps}
         inputs = {
             "collection": collection.fingerprint,
-            "start": str(read_manifest(folder, "model").facts["encoder"]),
+            "start": read_manifest(folder, "model").fingerprint,
             "examples": read_manifest(examples, "examples").fingerprint,
         }
         if not is_trained(place, options, inputs):
@@ -140,6 +142,21 @@ def train_model(
     return DualEncoder.open(output, device=device)
 
 
+def require_same_data(examples: str | Path, collection: Collection) -> None:
+    """Refuse examples that were labelled on other data, or other splits of it.
+
+    Raises:
+        ArtefactError: naming both fingerprints.
+    """
+    found = read_manifest(examples, "examples").inputs.get("collection", "")
+    if found != collection.fingerprint:
+        raise ArtefactError(
+            f"These examples were made from data {found[:12]}, this is {collection.fingerprint[:12]}.",
+            path=examples,
+            remedy="Use the same data and the same --hide-labels, --unlabelled and --data-seed, or label again.",
+        )
+
+
 def is_trained(folder: Path, options: dict[str, Any], inputs: dict[str, str]) -> bool:
     """Return whether a stage's model is there already, made with these options from these inputs."""
     try:
@@ -149,17 +166,23 @@ def is_trained(folder: Path, options: dict[str, Any], inputs: dict[str, str]) ->
     return manifest.options == json.loads(json.dumps(options)) and manifest.inputs == inputs
 
 
-def read_stage_examples(folder: str | Path, stage: StageConfig) -> Examples:
-    """Open the example files of a stage as one."""
-    return Examples.open(*(Path(folder) / f"{source}.arrow" for source in stage.sources))
+def read_stage_examples(folder: str | Path, stage: StageConfig, config: TrainConfig) -> Examples:
+    """Open the example files of a stage as one.
+
+    Where each row's own hard negatives are its only candidates (`own`), rows without any are left out.
+    """
+    examples = Examples.open(*(Path(folder) / f"{source}.arrow" for source in stage.sources))
+    if stage.alpha > 0 and config.passage_negatives == "own":
+        return Examples(examples.table.filter(pc.greater(pc.list_value_length(examples.table["negative_ids"]), 0)))
+    return examples
 
 
 def count_steps(examples: int, config: TrainConfig) -> int:
-    """Return the optimizer steps of one stage over so many examples."""
+    """Return the optimizer steps of one stage over so many examples; a last short batch counts as one."""
     if config.max_steps is not None:
         return config.max_steps
-    per_epoch = examples // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    return max(1, math.floor(per_epoch * config.num_train_epochs))
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return max(1, math.ceil(examples * config.num_train_epochs / rows))
 
 
 def run_stage(

@@ -5,7 +5,8 @@ Shard files are in the order of the collection; row i of all shards together is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pairdr.artefact import read_manifest
+from pairdr.collection import Collection
 from pairdr.errors import ArtefactError
 
 ID_SCHEMA = pa.schema([("id", pa.large_string()), ("rank", pa.int64())])
@@ -71,3 +73,16 @@ class VectorStore:
             here = shard_of == number
             taken[here] = self._shards[number][rows[here] - self._starts[number]]
         return taken
+
+
+@dataclass(frozen=True)
+class KnownVectors:
+    """Vectors of a corpus that are there already, by passage id."""
+
+    collection: Collection
+    store: VectorStore
+
+    def take(self, passage_ids: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of passages."""
+        rows = [self.collection.passages.row_of(passage_id) for passage_id in passage_ids]
+        return self.store.take(np.array(rows, dtype=np.int64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from pairdr.artefact import publish
@@ -13,6 +14,7 @@ from pairdr.config import StageConfig, TrainConfig, WarmConfig
 from pairdr.encoder import DualEncoder
 from pairdr.formats import write_examples
 from pairdr.lexical import LexicalIndex
+from pairdr.mine import is_near_copy
 from pairdr.records import Example, positives_of
 from pairdr.train import train_model
 
@@ -54,7 +56,8 @@ def _label_with_words(collection: Collection, index: LexicalIndex) -> Iterator[E
     qrels = collection.qrels("train")
     for query_id in qrels:
         positives = positives_of(qrels, query_id)
-        rows, _ = index.search(collection.query(query_id).text, NEGATIVES + len(positives))
-        found = [p for p in collection.passages.ids_of(rows) if p not in positives][:NEGATIVES]
+        rows, _ = index.search(collection.query(query_id).text, 4 * NEGATIVES + len(positives))
+        usable = (p for p in collection.passages.ids_of(rows) if p not in positives and p not in collection.held_out)
+        found = list(islice((p for p in usable if not is_near_copy(collection, p, positives)), NEGATIVES))
         for positive in positives:
             yield Example(query_id, positive, tuple(found), positives, "labelled", math.nan, (math.nan,) * len(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pairdr.artefact import FORMAT_VERSION, hash_json, read_manifest, replace_file
+from pairdr.artefact import FORMAT_VERSION, hash_json, hold_lock, read_manifest, replace_file
 from pairdr.collection import Collection
 from pairdr.config import RunConfig
 from pairdr.encoder import DualEncoder
@@ -20,6 +19,7 @@ from pairdr.formats import read_run
 from pairdr.lexical import LexicalIndex
 from pairdr.mine import Candidates, read_candidates
 from pairdr.records import Run
+from pairdr.start import is_retriever
 from pairdr.vectors import VectorStore
 
 STATE = "state.json"
@@ -45,15 +45,24 @@ class Work:
         Raises:
             UsageError: another run is at work here.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path(".lock").open("w", encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UsageError(
-                    "Another run is at work here.", path=self.folder, remedy="Wait for it, or choose another --output."
-                ) from error
-            yield
+        try:
+            with hold_lock(self.folder, wait=False):
+                yield
+        except BlockingIOError as error:
+            raise UsageError(
+                "Another run is at work here.", path=self.folder, remedy="Wait for it, or choose another --output."
+            ) from error
+
+    @property
+    def student(self) -> str:
+        """Return the name of the model that mines: the start, or one that is warmed from it."""
+        when = self.config.warm.warm
+        warms = when == "always" or (when == "auto" and not is_retriever(self.config.model))
+        return "student" if warms else "start"
+
+    def list_sources(self) -> dict[str, str]:
+        """Return the fingerprints of what no step makes: the data as a whole, and its corpus alone."""
+        return {"collection": self.collection.fingerprint, "passages": self.collection.passages_fingerprint}
 
     def path(self, *parts: str) -> Path:
         """Return a place in the folder."""
@@ -126,6 +135,8 @@ class Work:
             return {}
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(state, dict):
+                raise ValueError("not an object")
         except ValueError as error:
             raise ArtefactError(
                 "The record of finished steps cannot be read.", path=path, remedy="Delete it; all steps run again."

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "pairdr"
 # A module imports only from rooms named before its own. A folder is one room: its files may share a contract.
 ROOMS = (
     *("errors", "records", "config", "formats", "artefact", "progress", "collection", "sources", "measures", "fusion"),
-    *("losses", "encoder", "vectors", "indexes", "lexical", "teachers", "batches"),
+    *("losses", "start", "encoder", "vectors", "indexes", "lexical", "teachers", "batches"),
     *("check", "costs", "encode", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
     *("table", "work", "steps", "pipeline", "commands", "cli", "__init__"),
 )

@@ -40,6 +40,7 @@ PACKAGES = ("accelerate", "numpy", "scipy", "sentence_transformers", "torch", "t
 TEST_PACKAGES = ("numpy", "scipy.optimize", "scipy.stats", "torch.nn")
 DEV_PACKAGES = ("scipy.linalg", "scipy.signal", "scipy.sparse", "torch.distributions", "torch.optim")
 SPLITS = ("test", "dev", "train")
+HELD_OUT = "held_out.txt"
 
 MIN_SUMMARY_WORDS = 4
 MIN_REST_WORDS = 8
@@ -113,9 +114,9 @@ def build_python_docs(
 ) -> Path:
     """Write a BEIR folder of docstrings as an artefact of kind "beir" and return it.
 
-    The pool are the queries of `queries.jsonl` that no qrels name. Where fewer questions are usable than asked, all
-    of them are taken, and train and pool keep their ratio; the manifest's facts have the counts. The same sources,
-    sizes and seed give the same bytes.
+    The pool are the queries that no qrels name; `held_out.txt` names the passages of the test packages. Where fewer
+    questions are usable than asked, all are taken, train and pool keeping their ratio. The same sources, sizes and
+    seed give the same bytes.
 
     Args:
         output: where the folder will stand; an earlier one there is replaced.
@@ -138,7 +139,6 @@ def build_python_docs(
     entries = merge_entries(read_entries(sources, tally), tally)
     chosen = choose_questions(entries, sizes, seed)
     corpus = choose_corpus(entries, chosen, passages, seed)
-
     versions = {source.name: source.version for source in sources}
     splits = {"test_packages": TEST_PACKAGES, "dev_packages": DEV_PACKAGES}
     options = {"passages": passages, "queries": sizes, "seed": seed, **splits}
@@ -377,6 +377,8 @@ def _write_folder(folder: Path, corpus: Sequence[Passage], chosen: Mapping[str, 
     questions = sorted((_name_query(entry), entry.question) for taken in chosen.values() for entry in taken)
     _write_rows(folder / "corpus.jsonl", (dict(zip(("_id", "title", "text"), row, strict=True)) for row in corpus))
     _write_rows(folder / "queries.jsonl", ({"_id": name, "text": text} for name, text in questions))
+    held_out = (p.passage_id for p in corpus if Entry("", p).split == "test")
+    (folder / HELD_OUT).write_text("".join(f"{passage_id}\n" for passage_id in held_out), encoding="utf-8")
     for split in SPLITS:
         labels = sorted((_name_query(entry), entry.name) for entry in chosen[split])
         write_qrels(folder / "qrels" / f"{split}.tsv", {query_id: {name: 1} for query_id, name in labels})
