@@ -21,6 +21,7 @@ app = App(
     help="Train, evaluate and search dense passage retrievers the PAIR way.",
     version=__version__,
     default_parameter=Parameter(consume_multiple=True, negative_iterable=""),
+    suppress_keyboard_interrupt=False,  # main says what happened
 )
 for command in (
     commands.run,

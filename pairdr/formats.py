@@ -31,7 +31,8 @@ EXAMPLE_SCHEMA = pa.schema(
         ("negative_scores", pa.list_(pa.float32())),
     ]
 )
-_BREAKS = re.compile(r"[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+_BREAKS = re.compile(r"[\t\n\r]")
+_BLANK = re.compile(r"\s")
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 
 
@@ -212,7 +213,7 @@ def write_trec_run(path: Path, run: Run, tag: str) -> None:
     with path.open("w", encoding="utf-8") as stream:
         for query_id in run:
             for rank, (passage_id, score) in enumerate(run[query_id], start=1):
-                gap = "\t" if " " in query_id or " " in passage_id else " "
+                gap = "\t" if _BLANK.search(query_id + passage_id) else " "
                 stream.write(gap.join((query_id, "Q0", passage_id, str(rank), f"{score:.9g}", tag)) + "\n")
 
 

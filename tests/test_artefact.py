@@ -15,7 +15,7 @@ import pytest
 
 from pairdr.artefact import FORMAT_VERSION, MANIFEST, hash_file, publish, read_manifest, verify_artefact
 from pairdr.artefact import replace_file as replace_small_file
-from pairdr.errors import ArtefactError, PairdrError
+from pairdr.errors import ArtefactError, PairdrError, UsageError
 
 
 def write_thing(folder: Path, text: str = "content", *, kind: str = "thing", options: dict | None = None) -> Path:
@@ -337,3 +337,32 @@ def test_a_replaced_small_file_keeps_no_temporary_one(tmp_path: Path) -> None:
     replace_small_file(tmp_path / "work.json", "new")
     assert (tmp_path / "work.json").read_text(encoding="utf-8") == "new"
     assert names_in(tmp_path) == ["work.json"]
+
+
+def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(UsageError, match="other files"), publish(tmp_path, "vectors", options={}, inputs={}):
+        raise AssertionError("the block must not run")
+    assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+
+
+def test_an_artefact_of_another_kind_is_never_replaced(tmp_path: Path) -> None:
+    with publish(tmp_path / "a", "model", options={}, inputs={}) as staging:
+        (staging.path / "weights").write_text("w", encoding="utf-8")
+    with pytest.raises(UsageError, match="'model'"), publish(tmp_path / "a", "vectors", options={}, inputs={}):
+        raise AssertionError("the block must not run")
+    assert read_manifest(tmp_path / "a", "model").kind == "model"
+
+
+def test_a_file_is_no_place_for_an_artefact(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError), publish(tmp_path / "corpus.jsonl", "vectors", options={}, inputs={}):
+        raise AssertionError("the block must not run")
+    assert (tmp_path / "corpus.jsonl").read_text(encoding="utf-8") == "{}"
+
+
+def test_facts_count_in_the_fingerprint(tmp_path: Path) -> None:
+    for name, temperature in (("a", 0.05), ("b", 1.0)):
+        with publish(tmp_path / name, "model", options={}, inputs={}) as staging:
+            staging.facts["temperature"] = temperature
+    assert read_manifest(tmp_path / "a").fingerprint != read_manifest(tmp_path / "b").fingerprint

@@ -184,7 +184,9 @@ def test_the_shares_of_cut_texts_are_those_of_the_tokenizer(toy: Path, tiny_mode
     cut = np.mean(np.array(passages) > lengths["passage_length"])
     assert 0 < cut < 1
     assert report.facts["share of passages cut"] == pytest.approx(cut, abs=1e-4)
-    assert report.facts["share of queries cut"] == pytest.approx(np.mean(np.array(queries) > lengths["query_length"]), abs=1e-4)
+    assert report.facts["share of queries cut"] == pytest.approx(
+        np.mean(np.array(queries) > lengths["query_length"]), abs=1e-4
+    )
 
 
 def test_many_cut_texts_are_a_warning(toy: Path, tiny_model: Path) -> None:

@@ -19,7 +19,9 @@ from pairdr.config import DataConfig
 from pairdr.errors import DataError, UsageError
 from pairdr.records import Passage, Query
 
-IDS = st.text(st.characters(exclude_categories=("Cs",), min_codepoint=1)).map(lambda text: f"{text}i")
+IDS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\t\n\r", min_codepoint=1)).map(
+    lambda text: f"{text}i"
+)
 CORPUS = {"p1": ("Rivers", "The Lune is a river."), "p2": "A market on Monday.", "p3": "An old bridge."}
 
 
@@ -257,9 +259,38 @@ def test_copies_of_dev_and_test_questions_leave_pool_and_training_and_are_counte
     assert data.pool == ("u1", "u2", "u3")
     assert "t20" not in data.qrels("train")
     assert data.removed == {
+        "dev queries that copy a test query": 0,
         "training queries that copy a dev or test query": 1,
         "pool queries that copy a dev or test query": 1,
     }
+
+
+def test_a_dev_question_that_is_in_test_too_is_no_dev_question(folder: Path) -> None:
+    add_line(folder / "qrels" / "dev.tsv", "e1\tp1\t1")
+    data = open_collection(folder)
+    assert "e1" not in data.qrels("dev")
+    assert data.removed["dev queries that copy a test query"] == 1
+
+
+def test_questions_of_further_qrels_files_are_neither_trained_on_nor_in_the_pool(folder: Path) -> None:
+    (folder / "qrels" / "validation.tsv").write_text("query-id\tcorpus-id\tscore\nu1\tp1\t1\n", encoding="utf-8")
+    add_query(folder, "u4", open_collection(folder).query("u1").text.upper())
+    assert open_collection(folder).pool == ("u2", "u3")
+
+
+def test_held_out_passages_are_read_from_their_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "held_out.txt").write_text("p1\np2\n", encoding="utf-8")
+    plain, held = open_collection(folder), open_collection(folder, DataConfig(held_out=tmp_path / "held_out.txt"))
+    assert held.held_out == {"p1", "p2"}
+    assert plain.fingerprint != held.fingerprint
+    assert plain.passages_fingerprint == held.passages_fingerprint
+
+
+@pytest.mark.parametrize("character", ["\t", "\n", "\r"])
+def test_an_id_that_would_break_a_qrels_line_is_refused(folder: Path, character: str) -> None:
+    add_query(folder, f"u{character}4", "a question")
+    with pytest.raises(DataError, match="tab or a line break"):
+        open_collection(folder)
 
 
 def test_a_question_of_two_splits_is_not_trained_on(folder: Path) -> None:
@@ -364,6 +395,6 @@ def test_options_that_decide_splits_change_the_fingerprint(folder: Path) -> None
 
 def test_the_toy_data_is_what_its_fixture_says(toy: Path) -> None:
     data = open_collection(toy)
-    assert (len(data.passages), len(data.pool)) == (120, 60)
-    assert {split: len(data.qrels(split)) for split in ("train", "dev", "test")} == {"train": 60, "dev": 30, "test": 30}
+    assert (len(data.passages), len(data.pool)) == (120, 48)
+    assert {split: len(data.qrels(split)) for split in ("train", "dev", "test")} == {"train": 48, "dev": 48, "test": 24}
     assert sum(data.removed.values()) == 0

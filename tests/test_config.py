@@ -66,6 +66,13 @@ def test_a_value_that_is_no_choice_is_refused_with_the_choices(name: str, kind: 
     assert [getattr(kind(**{name: choice}), name) for choice in choices] == list(choices)
 
 
+@pytest.mark.parametrize("variant", ["own", "hard_all"])
+def test_a_loss_over_hard_negatives_alone_needs_some(variant: str) -> None:
+    with pytest.raises(UsageError, match=f"passage_negatives is '{variant}', which needs train_negatives"):
+        TrainConfig(passage_negatives=variant, train_negatives=0)
+    assert TrainConfig(passage_negatives="official", train_negatives=0).train_negatives == 0
+
+
 def test_an_unset_option_has_no_range() -> None:
     assert TrainConfig(max_steps=None, dropout=None).max_steps is None
 

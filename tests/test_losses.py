@@ -427,13 +427,15 @@ def features_of(model: Any, *columns: list[str]) -> list[dict[str, Tensor]]:
     return [{key: value for key, value in batch.items() if torch.is_tensor(value)} for batch in batches]
 
 
-def test_pair_loss_parts_sum_to_the_mix_of_the_models_vectors(tiny_model: Path) -> None:
+@pytest.mark.parametrize("modules", [3, 2], ids=["a model that normalises", "a cosine model that does not"])
+def test_pair_loss_parts_sum_to_the_mix_of_the_models_vectors(tiny_model: Path, modules: int) -> None:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(tiny_model), device="cpu").eval()
+    whole = SentenceTransformer(str(tiny_model), device="cpu")
+    model = SentenceTransformer(modules=list(whole)[:modules], device="cpu", similarity_fn_name="cosine").eval()
     columns = ["the river", "the market"], ["a river runs", "a market day"], ["a bridge", "a school"]
     parts = PairLoss(model, alpha=0.3)(features_of(model, *columns))
-    query, positive, negative = (model.encode(list(column), convert_to_tensor=True) for column in columns)
+    query, positive, negative = (whole.encode(list(column), convert_to_tensor=True) for column in columns)
     expected = pair_loss(query, positive, negative[:, None], alpha=0.3, temperature=0.05)
     assert set(parts) == {"query_centric", "passage_centric"}
     assert sum(parts.values()).item() == pytest.approx(expected.loss.item(), abs=1e-5)

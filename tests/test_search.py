@@ -275,9 +275,10 @@ def test_tuning_uses_two_systems_where_only_both_together_are_right() -> None:
 
 def test_tuning_runs_counts_unanswered_questions_as_wrong() -> None:
     qrels = {"q": {"a": 1}, "only words": {"x": 1}, "nobody": {"a": 1}}
-    weights = tune_run_weights([DENSE, WORDS], qrels)
+    weights, mean = tune_run_weights([DENSE, WORDS], qrels)
     fused = fuse_runs([DENSE, WORDS], weights, 10)
     assert fused["q"][0].passage_id == "a"
+    assert 0 < mean < 1
 
 
 # --- the vector store -------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ class Parts:
         self.queries = [self.data.query(query_id) for query_id in self.data.qrels("test")]
 
     def searcher(self) -> Searcher:
-        return Searcher(self.data, self.encoder, self.store, self.index, "dense", (0.2, 0.8))
+        return Searcher(self.data, self.encoder, self.store, self.index, "dense", (0.2, 0.8), 100)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,534 @@
+"""The encoder and its contract, and the vectors of a corpus: what is stored, what is refused, what goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+
+from pairdr.artefact import hash_file, publish, read_manifest, verify_artefact
+from pairdr.collection import Collection, open_collection
+from pairdr.config import EncodeConfig, ModelConfig
+from pairdr.encode import encode_corpus
+from pairdr.encoder import DualEncoder, plan_batches
+from pairdr.errors import ArtefactError, PairdrError, RefusedError, UsageError
+from pairdr.records import Passage
+from pairdr.start import is_retriever
+
+LONG = "the river runs through the town and the market is held on the square near the old bridge " * 4
+QUERIES = ["which river runs through Ashford", "market", "", LONG]
+PASSAGES = [
+    Passage("a", "The river of Ashford", "The river is called the Lune."),
+    Passage("b", "", "A market is held on Monday."),
+    Passage("c", "The old bridge", LONG),
+    Passage("d", "", ""),
+]
+
+
+def load(folder: Path, **options: Any) -> DualEncoder:
+    return DualEncoder.load(ModelConfig(start=str(folder), device="cpu", **options))
+
+
+def save(encoder: DualEncoder, folder: Path, **facts: Any) -> Path:
+    encoder.save(folder, options={}, inputs={}, facts=facts)
+    return folder
+
+
+def words_of(encoder: DualEncoder, ids: list[int]) -> list[str]:
+    return list(encoder.model.tokenizer.convert_ids_to_tokens(ids))
+
+
+# --- defaults that follow the start model -----------------------------------------------------------------------------
+
+
+def test_a_bare_encoder_is_cls_dot_and_temperature_one_and_no_retriever(bare_model: Path) -> None:
+    encoder = load(bare_model)
+    assert (encoder.contract.pooling, encoder.contract.similarity, encoder.temperature) == ("cls", "dot", 1.0)
+    assert not encoder.is_retriever
+    norms = np.linalg.norm(encoder.encode_queries(["river", "market"]), axis=1)
+    assert not np.allclose(norms, 1)
+
+
+def test_a_sentence_transformers_folder_keeps_its_pooling_and_cosine(tiny_model: Path) -> None:
+    encoder = load(tiny_model)
+    assert (encoder.contract.pooling, encoder.contract.similarity, encoder.temperature) == ("mean", "cosine", 0.05)
+    assert encoder.is_retriever
+    assert np.linalg.norm(encoder.encode_queries(["river", "market"]), axis=1) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("model", "expected"), [("bare_model", False), ("tiny_model", True)])
+def test_whether_a_start_is_a_retriever_is_known_without_loading_it(
+    request: pytest.FixtureRequest, model: str, expected: bool
+) -> None:
+    assert is_retriever(ModelConfig(start=str(request.getfixturevalue(model)))) is expected
+
+
+def test_a_bare_encoder_for_cosine_ends_with_a_normalisation(bare_model: Path) -> None:
+    encoder = load(bare_model, similarity="cosine", pooling="mean")
+    assert isinstance(encoder.model[-1], Normalize)
+    assert (encoder.contract.pooling, encoder.temperature) == ("mean", 0.05)
+    assert np.linalg.norm(encoder.encode_queries(["river"])) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_chosen_pooling_replaces_the_folders_own(tiny_model: Path) -> None:
+    own, cls = load(tiny_model), load(tiny_model, pooling="cls")
+    assert cls.contract.pooling == "cls"
+    assert not np.allclose(own.encode_queries(QUERIES), cls.encode_queries(QUERIES))
+
+
+def test_dot_product_at_temperature_one_on_a_normalised_model_is_refused_with_the_remedy(tiny_model: Path) -> None:
+    with pytest.raises(RefusedError, match=r"temperature = 0\.05 or similarity = 'cosine'"):
+        load(tiny_model, similarity="dot")
+    assert load(tiny_model, similarity="dot", temperature=0.05).temperature == 0.05
+
+
+def test_layers_are_cut_and_stay_cut(tiny_model: Path, tmp_path: Path) -> None:
+    whole, cut = load(tiny_model), load(tiny_model, layers=1)
+    assert len(cut.model[0].model.encoder.layer) == 1
+    assert not np.allclose(whole.encode_queries(QUERIES), cut.encode_queries(QUERIES))
+    again = DualEncoder.open(save(cut, tmp_path / "cut"), device="cpu")
+    assert np.array_equal(cut.encode_queries(QUERIES), again.encode_queries(QUERIES))
+
+
+def test_more_layers_than_there_are_are_refused_with_their_number(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match="layers is 3; this model has 2 layers"):
+        load(tiny_model, layers=3)
+
+
+def test_a_length_over_the_models_positions_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match="161 tokens is over the model's 160 positions"):
+        load(tiny_model, passage_length=161)
+
+
+# --- the contract in sentence-transformers' places --------------------------------------------------------------------
+
+CONTRACTS = {
+    "plain": {},
+    "prefixes": {"query_prefix": "query: ", "passage_prefix": "passage: "},
+    "short": {"query_length": 6, "passage_length": 9},
+    "both": {"query_prefix": "what is ", "passage_prefix": "town: ", "query_length": 8, "passage_length": 150},
+}
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "bare_model"])
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_plain_sentence_transformers_gives_our_vectors(
+    request: pytest.FixtureRequest, tmp_path: Path, model: str, contract: str
+) -> None:
+    encoder = load(request.getfixturevalue(model), **CONTRACTS[contract])
+    folder = save(encoder, tmp_path / "model")
+    plain, opened = SentenceTransformer(str(folder), device="cpu"), DualEncoder.open(folder, device="cpu")
+    documents = plain.encode_document([passage.joined for passage in PASSAGES])
+    assert plain.encode_query(QUERIES) == pytest.approx(opened.encode_queries(QUERIES), abs=1e-6)
+    assert documents == pytest.approx(opened.encode_passages(PASSAGES), abs=1e-6)
+    assert plain.similarity_fn_name == encoder.contract.similarity
+
+
+def test_texts_are_cut_to_the_length_special_tokens_included(tiny_model: Path) -> None:
+    encoder = load(tiny_model, query_length=7, passage_length=11)
+    assert len(encoder.tokenize_queries([LONG])[0].input_ids) == 7
+    assert len(encoder.tokenize_passages(PASSAGES[2:3])[0].input_ids) == 11
+    longer = encoder.encode_queries([LONG, LONG + " and more"])
+    assert np.array_equal(longer[0], longer[1])
+
+
+def test_prefixes_change_the_vectors_of_their_own_side_alone(tiny_model: Path) -> None:
+    plain, prefixed = load(tiny_model), load(tiny_model, query_prefix="town ")
+    assert not np.allclose(plain.encode_queries(QUERIES), prefixed.encode_queries(QUERIES))
+    assert np.array_equal(plain.encode_passages(PASSAGES), prefixed.encode_passages(PASSAGES))
+
+
+def test_a_models_own_prompts_are_its_prefixes(tiny_model: Path, tmp_path: Path) -> None:
+    model = SentenceTransformer(str(tiny_model), device="cpu", prompts={"query": "q: ", "document": "d: "})
+    model.save(str(tmp_path / "prompted"), create_model_card=False)
+    contract = load(tmp_path / "prompted").contract
+    assert (contract.query_prefix, contract.passage_prefix) == ("q: ", "d: ")
+    assert load(tmp_path / "prompted", query_prefix="").contract.query_prefix == ""
+
+
+def test_a_saved_model_opens_with_its_contract(bare_model: Path, tmp_path: Path) -> None:
+    encoder = load(bare_model, query_prefix="q ", query_length=9, title="segment", temperature=0.7)
+    opened = DualEncoder.open(save(encoder, tmp_path / "model"), device="cpu")
+    assert opened.contract == encoder.contract
+    assert (opened.temperature, opened.is_retriever) == (0.7, False)
+    assert opened.fingerprint == encoder.fingerprint == read_manifest(tmp_path / "model").facts["encoder"]
+    assert np.array_equal(opened.encode_passages(PASSAGES), encoder.encode_passages(PASSAGES))
+
+
+def test_a_saved_model_is_a_start_model(tiny_model: Path, tmp_path: Path) -> None:
+    folder = save(load(tiny_model, query_prefix="q "), tmp_path / "model")
+    assert load(folder).contract.query_prefix == "q "
+
+
+def test_a_trained_model_is_a_retriever(bare_model: Path, tmp_path: Path) -> None:
+    folder = save(load(bare_model), tmp_path / "model", stages=[{"name": "stage 1"}])
+    assert DualEncoder.open(folder, device="cpu").is_retriever
+    assert is_retriever(ModelConfig(start=str(folder)))
+
+
+def test_the_fingerprint_is_of_the_weights_and_the_contract(tiny_model: Path) -> None:
+    encoders = [load(tiny_model, **options) for options in ({}, {}, {"query_prefix": "q "}, {"passage_length": 20})]
+    first, same, prefixed, shorter = (encoder.fingerprint for encoder in encoders)
+    assert first == same
+    assert len({first, prefixed, shorter}) == 3
+    with torch.no_grad():
+        next(encoders[0].model.parameters()).mul_(1.5)
+    assert encoders[0].fingerprint != first
+
+
+def test_weights_without_dimensions_are_hashed_too(tiny_model: Path) -> None:
+    encoder = load(tiny_model)
+    encoder.model.register_buffer("scale", torch.tensor(1.0))
+    first = encoder.hash_weights()
+    encoder.model.scale.fill_(2.0)
+    assert encoder.hash_weights() != first
+
+
+# --- title and text as a pair -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segments(tiny_model: Path) -> DualEncoder:
+    """Return an encoder that takes title and text as a pair."""
+    return load(tiny_model, title="segment")
+
+
+def cut_as_the_paper(title: int, text: int, room: int) -> tuple[int, int]:
+    """Cut one token at a time from the end of the longer part; ties cut the text (the official code)."""
+    while title + text > room:
+        title, text = (title - 1, text) if title > text else (title, text - 1)
+    return title, text
+
+
+def segment_lengths(encoder: DualEncoder, title: int, text: int) -> tuple[int, int]:
+    """Return how many tokens are left of a title and a text of so many."""
+    (tokens,) = encoder.tokenize_passages([Passage("p", " ".join(["town"] * title), " ".join(["river"] * text))])
+    words = words_of(encoder, tokens.input_ids)
+    assert words == ["[CLS]", *["town"] * words.count("town"), "[SEP]", *["river"] * words.count("river"), "[SEP]"]
+    assert tokens.token_type_ids == [0] * (words.count("town") + 2) + [1] * (words.count("river") + 1)
+    return words.count("town"), words.count("river")
+
+
+def test_title_and_text_as_segments_are_a_pair_of_the_tokeniser(segments: DualEncoder) -> None:
+    titles, texts = [passage.title or "-" for passage in PASSAGES], [passage.text for passage in PASSAGES]
+    expected = segments.model.tokenizer(titles, texts, truncation="longest_first", max_length=128)
+    found = segments.tokenize_passages(PASSAGES)
+    assert [tokens.input_ids for tokens in found] == expected["input_ids"]
+    assert [tokens.token_type_ids for tokens in found] == expected["token_type_ids"]
+
+
+def test_a_missing_title_is_a_dash_where_titles_are_segments(segments: DualEncoder) -> None:
+    (tokens,) = segments.tokenize_passages([Passage("p", "", "river")])
+    assert words_of(segments, tokens.input_ids) == ["[CLS]", "-", "[SEP]", "river", "[SEP]"]
+
+
+def test_a_question_is_cut_to_32_and_a_pair_to_128_special_tokens_included(segments: DualEncoder) -> None:
+    (query,) = segments.tokenize_queries(["river " * 200])
+    assert words_of(segments, query.input_ids) == ["[CLS]", *["river"] * 30, "[SEP]"]
+    assert segment_lengths(segments, 10, 200) == (10, 115)
+    assert segment_lengths(segments, 200, 10) == (115, 10)
+    assert segment_lengths(segments, 60, 65) == (60, 65)
+
+
+@given(title=st.integers(1, 140), text=st.integers(1, 140))
+def test_pairs_are_cut_longest_first_as_in_the_paper_but_for_one_token(
+    segments: DualEncoder, title: int, text: int
+) -> None:
+    """Where both parts are over half of an odd room, the paper's code gives the token in the middle to the title.
+
+    The tokeniser gives it to the longer part, and to the text where both are equally long.
+    """
+    expected = cut_as_the_paper(title, text, 125)
+    if min(title, text) >= 63:
+        expected = (63, 62) if title > text else (62, 63)
+    assert segment_lengths(segments, title, text) == expected
+
+
+def test_sentence_transformers_gives_the_vectors_of_segments_for_pairs(tiny_model: Path, tmp_path: Path) -> None:
+    encoder = load(tiny_model, title="segment")
+    plain = SentenceTransformer(str(save(encoder, tmp_path / "model")), device="cpu")
+    pairs = [(passage.title or "-", passage.text) for passage in PASSAGES]
+    assert plain.encode_document(pairs) == pytest.approx(encoder.encode_passages(PASSAGES), abs=1e-6)
+    assert "(title, text) pairs" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+
+
+# --- embed and encode -------------------------------------------------------------------------------------------------
+
+
+def test_embed_with_dropout_off_equals_encode_in_any_order(tiny_model: Path) -> None:
+    encoder = load(tiny_model)
+    tokens = encoder.tokenize_queries([LONG[: 7 * number] for number in range(60)])
+    order = np.random.default_rng(13).permutation(60)
+    encoder.model.eval()
+    embedded = encoder.embed([tokens[place] for place in order])
+    assert embedded.requires_grad
+    assert embedded.detach().numpy() == pytest.approx(encoder.encode(tokens)[order], abs=1e-6)
+
+
+def test_dropout_is_on_in_training_until_it_is_set_to_zero(tiny_model: Path) -> None:
+    encoder = load(tiny_model)
+    tokens = encoder.tokenize_queries(QUERIES)
+    encoder.model.train()
+    encoder.set_dropout(None)
+    assert not torch.equal(encoder.embed(tokens), encoder.embed(tokens))
+    encoder.set_dropout(0.0)
+    assert torch.equal(encoder.embed(tokens), encoder.embed(tokens))
+
+
+def test_the_vectors_of_no_texts_are_an_empty_array(tiny_model: Path) -> None:
+    assert load(tiny_model).encode_queries([]).shape == (0, 32)
+
+
+def test_the_size_of_a_batch_does_not_change_the_vectors(tiny_model: Path) -> None:
+    encoder = load(tiny_model)
+    alone, together = (encoder.encode_passages(PASSAGES, tokens) for tokens in (16, 10_000))
+    assert alone == pytest.approx(together, abs=1e-6)
+
+
+@given(st.lists(st.integers(1, 200), max_size=60), st.integers(16, 500))
+def test_batches_hold_every_text_once_and_at_most_so_many_tokens(lengths: list[int], limit: int) -> None:
+    groups = plan_batches(lengths, limit)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    assert all(len(group) == 1 or len(group) * max(lengths[place] for place in group) <= limit for group in groups)
+
+
+# --- what is no model -------------------------------------------------------------------------------------------------
+
+
+def make_cross_encoder(folder: Path, tiny_model: Path) -> None:
+    CrossEncoder(str(tiny_model), num_labels=1, device="cpu").save(str(folder))
+
+
+def make_static_model(folder: Path, tiny_model: Path) -> None:
+    tokenizer = SentenceTransformer(str(tiny_model), device="cpu").tokenizer.backend_tokenizer
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
+    model.save(str(folder), create_model_card=False)
+
+
+def make_cut_weights(folder: Path, tiny_model: Path) -> None:
+    SentenceTransformer(str(tiny_model), device="cpu").save(str(folder), create_model_card=False)
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def make_broken_config(folder: Path, _: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{", encoding="utf-8")
+
+
+def make_empty_folder(folder: Path, _: Path) -> None:
+    folder.mkdir()
+
+
+def make_nothing(folder: Path, _: Path) -> None:
+    assert not folder.exists()
+
+
+NO_MODELS = {
+    make_cross_encoder: "is a CrossEncoder",
+    make_static_model: "first module is StaticEmbedding, not a transformer",
+    make_cut_weights: "cannot be loaded",
+    make_broken_config: "cannot be loaded: .*config.json",
+    make_empty_folder: r"This is no model folder\. It needs config\.json or modules\.json",
+    make_nothing: "There is no such folder",
+}
+
+
+@pytest.mark.parametrize("make", NO_MODELS, ids=lambda make: make.__name__)
+def test_what_is_no_encoder_is_refused_in_one_sentence(
+    tmp_path: Path, tiny_model: Path, make: Callable[[Path, Path], None]
+) -> None:
+    make(tmp_path / "model", tiny_model)
+    with pytest.raises(UsageError, match=NO_MODELS[make]) as caught:
+        load(tmp_path / "model")
+    assert str(tmp_path / "model") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_on_the_hub_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="'nobody/has-this-model' cannot be loaded"):
+        DualEncoder.load(ModelConfig(start="nobody/has-this-model"))
+
+
+@pytest.mark.parametrize("open_model", [load, DualEncoder.open])
+def test_an_artefact_of_another_kind_is_no_model(tmp_path: Path, open_model: Callable[[Path], DualEncoder]) -> None:
+    with publish(tmp_path / "vectors", "vectors", options={}, inputs={}):
+        pass
+    with pytest.raises(ArtefactError, match="holds 'vectors', not 'model'"):
+        open_model(tmp_path / "vectors")
+
+
+def test_a_saved_model_with_cut_weights_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    folder = save(load(tiny_model), tmp_path / "model")
+    os.truncate(folder / "model.safetensors", 1000)
+    with pytest.raises(ArtefactError, match=r"model\.safetensors has 1000 bytes"):
+        load(folder)
+
+
+# --- the vectors of a corpus ------------------------------------------------------------------------------------------
+
+SHARDS = EncodeConfig(shard_size=50)  # the 120 passages of the toy data make 3
+
+
+@pytest.fixture
+def data(toy: Path) -> Collection:
+    """Return the toy data."""
+    return open_collection(toy)
+
+
+@pytest.fixture
+def encoder(tiny_model: Path) -> DualEncoder:
+    """Return the tiny model."""
+    return load(tiny_model)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows by the first passage of every shard that is encoded."""
+    calls: list[str] = []
+    encode_passages = DualEncoder.encode_passages
+
+    def counted(self: DualEncoder, passages: list[Passage], tokens_per_batch: int) -> np.ndarray:
+        calls.append(passages[0].passage_id)
+        return encode_passages(self, passages, tokens_per_batch)
+
+    monkeypatch.setattr(DualEncoder, "encode_passages", counted)
+    return calls
+
+
+def hash_vectors(folder: Path) -> list[str]:
+    return [hash_file(path) for path in sorted(folder.glob("*.npy"))]
+
+
+def interrupt_after(shards: int, folder: Path, data: Collection, encoder: DualEncoder, calls: list[str]) -> Path:
+    """Encode so many shards, stop, and return the unfinished folder."""
+    encode_passages = DualEncoder.encode_passages
+
+    def stop(self: DualEncoder, passages: list[Passage], tokens_per_batch: int) -> np.ndarray:
+        if len(calls) == shards:
+            raise KeyboardInterrupt
+        return encode_passages(self, passages, tokens_per_batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DualEncoder, "encode_passages", stop)
+        encode_corpus(data, encoder, SHARDS, folder)
+    assert not folder.exists()
+    calls.clear()
+    (unfinished,) = folder.parent.glob(f".{folder.name}.*.partial")
+    return unfinished
+
+
+def test_the_store_holds_the_vector_of_every_passage_in_order(
+    tmp_path: Path, data: Collection, encoder: DualEncoder
+) -> None:
+    store = encode_corpus(data, encoder, SHARDS, tmp_path / "v")
+    passages = [passage for block in data.read_passages() for passage in block]
+    rows = np.arange(120)
+    assert (store.count, store.dimensions, store.collection) == (120, 32, data.passages_fingerprint)
+    assert store.ids_of(rows) == [passage.passage_id for passage in passages]
+    assert store.id_rank.tolist() == np.asarray(data.passages.id_rank).tolist()
+    assert store.take(rows) == pytest.approx(encoder.encode_passages(passages), abs=1e-6)
+    assert sorted(path.name for path in (tmp_path / "v").iterdir()) == [
+        "00000.npy", "00001.npy", "00002.npy", "ids.arrow", "manifest.json",
+    ]  # fmt: skip
+
+
+def test_a_second_run_gives_the_same_bytes(tmp_path: Path, data: Collection, encoder: DualEncoder) -> None:
+    first = encode_corpus(data, encoder, SHARDS, tmp_path / "a")
+    second = encode_corpus(data, encoder, SHARDS, tmp_path / "b")
+    assert hash_vectors(tmp_path / "a") == hash_vectors(tmp_path / "b")
+    assert first.fingerprint == second.fingerprint
+
+
+def test_an_interrupted_run_goes_on_behind_its_finished_shards(
+    tmp_path: Path, data: Collection, encoder: DualEncoder, encoded: list[str]
+) -> None:
+    encode_corpus(data, encoder, SHARDS, tmp_path / "whole")
+    third = encoded[2]
+    encoded.clear()
+    interrupt_after(2, tmp_path / "v", data, encoder, encoded)
+    encode_corpus(data, encoder, SHARDS, tmp_path / "v")
+    assert encoded == [third]
+    assert hash_vectors(tmp_path / "v") == hash_vectors(tmp_path / "whole")
+
+
+def test_a_damaged_shard_of_an_interrupted_run_is_made_again(
+    tmp_path: Path, data: Collection, encoder: DualEncoder, encoded: list[str]
+) -> None:
+    encode_corpus(data, encoder, SHARDS, tmp_path / "whole")
+    first, _, third = encoded
+    encoded.clear()
+    unfinished = interrupt_after(2, tmp_path / "v", data, encoder, encoded)
+    with (unfinished / "00000.npy").open("rb+") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x7f")
+    encode_corpus(data, encoder, SHARDS, tmp_path / "v")
+    assert encoded == [first, third]
+    assert hash_vectors(tmp_path / "v") == hash_vectors(tmp_path / "whole")
+
+
+def test_the_shards_of_another_model_are_not_taken_up(
+    tmp_path: Path, data: Collection, encoder: DualEncoder, tiny_model: Path, encoded: list[str]
+) -> None:
+    interrupt_after(2, tmp_path / "v", data, encoder, encoded)
+    encode_corpus(data, load(tiny_model, passage_prefix="town "), SHARDS, tmp_path / "v")
+    assert len(encoded) == 3
+
+
+def test_vectors_of_another_contract_are_refused(
+    tmp_path: Path, data: Collection, encoder: DualEncoder, tiny_model: Path
+) -> None:
+    store = encode_corpus(data, encoder, SHARDS, tmp_path / "v")
+    store.require_encoder(load(tiny_model).fingerprint)
+    with pytest.raises(ArtefactError, match=r"made by encoder .* not by .*pairdr encode"):
+        store.require_encoder(load(tiny_model, query_prefix="q ").fingerprint)
+
+
+def test_vectors_that_are_not_finite_are_refused_with_their_passage(
+    tmp_path: Path, data: Collection, encoder: DualEncoder
+) -> None:
+    bad = data.passage_at(60).passage_id
+    word = encoder.model.tokenizer.convert_tokens_to_ids(bad.split("-")[0])
+    with torch.no_grad():
+        encoder.model[0].model.embeddings.word_embeddings.weight[word] = torch.nan
+    named = [passage.passage_id for block in data.read_passages() for passage in block
+             if word in encoder.tokenize_passages([passage])[0].input_ids]  # fmt: skip
+    with pytest.raises(PairdrError, match=f"vector of passage '{named[0]}' is not finite"):
+        encode_corpus(data, encoder, SHARDS, tmp_path / "v")
+    assert not (tmp_path / "v").exists()
+
+
+def test_a_flipped_bit_in_the_vectors_is_found(tmp_path: Path, data: Collection, encoder: DualEncoder) -> None:
+    encode_corpus(data, encoder, SHARDS, tmp_path / "v")
+    verify_artefact(tmp_path / "v")
+    with (tmp_path / "v" / "00001.npy").open("rb+") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x7f")
+    with pytest.raises(ArtefactError, match=r"00001\.npy is not the file that was written"):
+        verify_artefact(tmp_path / "v")
+
+
+def test_the_manifest_names_encoder_similarity_and_sizes(
+    tmp_path: Path, data: Collection, encoder: DualEncoder
+) -> None:
+    encode_corpus(data, encoder, SHARDS, tmp_path / "v")
+    manifest = json.loads((tmp_path / "v" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["inputs"] == {"passages": data.passages_fingerprint, "encoder": encoder.fingerprint}
+    assert manifest["facts"] == {"count": 120, "dimensions": 32, "dtype": "float32", "similarity": "cosine"}
+
+
+def test_the_tokens_of_a_batch_do_not_change_the_stored_vectors(
+    tmp_path: Path, data: Collection, encoder: DualEncoder
+) -> None:
+    rows = np.arange(120)
+    small = encode_corpus(data, encoder, EncodeConfig(tokens_per_batch=64), tmp_path / "small").take(rows)
+    assert small == pytest.approx(encode_corpus(data, encoder, SHARDS, tmp_path / "large").take(rows), abs=1e-6)
