@@ -148,7 +148,7 @@ class Collection:
             DataError: the split has no labels.
         """
         if not self._qrels.get(split):
-            taken = split == "train" and (self.hidden or self._kept_out or self._qrels.get("dev"))
+            taken = bool(self.labels(split))
             raise DataError(
                 f"The split {split!r} has no labels"
                 + (" left: all are hidden, or copies of held-out ones." if taken else "."),

@@ -39,15 +39,15 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        """Check every value against its range or its choices."""
+        """Check every value against its kind and its range or choices."""
         hints = get_type_hints(type(self))
         for spec in fields(self):
-            value, wanted = getattr(self, spec.name), None
-            if get_origin(hints[spec.name]) is Literal:
-                choices = get_args(hints[spec.name])
-                wanted = None if value in choices else f"one of {', '.join(choices)}"
-            elif isinstance(value, int | float):
-                wanted = _find_broken_range(value, spec.metadata.get("low"), spec.metadata.get("high"))
+            value, hint = getattr(self, spec.name), hints[spec.name]
+            wanted, kinds = None, get_args(hint) or (hint,)
+            if get_origin(hint) is Literal:
+                wanted = None if value in kinds else f"one of {', '.join(kinds)}"
+            elif value is not None and not {int, float}.isdisjoint(kinds):
+                wanted = _find_broken_range(value, spec.metadata.get("low"), spec.metadata.get("high"), float in kinds)
             if wanted is not None:
                 raise UsageError(f"Option {spec.name} is {value!r}; it must be {wanted}.")
 
@@ -306,8 +306,10 @@ def change_options(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) 
     return replace(config, **sections)
 
 
-def _find_broken_range(value: float, low: float | None, high: float | None) -> str | None:
-    """Return the range in words if the value is outside it or no number, else None."""
+def _find_broken_range(value: Any, low: float | None, high: float | None, fractions: bool) -> str | None:
+    """Return in words what a value has to be if it is no number, no whole one, or outside its range; else None."""
+    if not isinstance(value, int | float) or (isinstance(value, float) and not fractions):
+        return "a number" if fractions else "a whole number"
     if not math.isnan(value) and (low is None or value >= low) and (high is None or value <= high):
         return None
     if low is None and high is None:

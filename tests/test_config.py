@@ -58,6 +58,17 @@ def test_what_is_no_number_is_refused() -> None:
         TrainConfig(alpha=float("nan"))
 
 
+def test_a_text_is_no_number() -> None:
+    with pytest.raises(UsageError, match="Option alpha is 'much'; it must be a number"):
+        TrainConfig(alpha="much")
+
+
+def test_a_fraction_is_no_whole_number() -> None:
+    with pytest.raises(UsageError, match=r"Option max_steps is 2\.5; it must be a whole number"):
+        TrainConfig(max_steps=2.5)
+    assert TrainConfig(alpha=1).alpha == 1
+
+
 @pytest.mark.parametrize(("name", "kind"), list_choices())
 def test_a_value_that_is_no_choice_is_refused_with_the_choices(name: str, kind: type[Options]) -> None:
     choices = get_args(get_type_hints(kind)[name])

@@ -532,3 +532,32 @@ def test_the_tokens_of_a_batch_do_not_change_the_stored_vectors(
     rows = np.arange(120)
     small = encode_corpus(data, encoder, EncodeConfig(tokens_per_batch=64), tmp_path / "small").take(rows)
     assert small == pytest.approx(encode_corpus(data, encoder, SHARDS, tmp_path / "large").take(rows), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "option", [{"query_length": 20}, {"query_prefix": "ask: "}, {"layers": 1}, {"temperature": 0.3}]
+)
+def test_options_against_a_saved_models_contract_are_refused(tiny_model: Path, tmp_path: Path, option: dict) -> None:
+    DualEncoder.load(ModelConfig(start=str(tiny_model))).save(tmp_path / "m", options={}, inputs={})
+    with pytest.raises(UsageError, match=f"Option {next(iter(option))} is .* but this model was saved with"):
+        DualEncoder.load(ModelConfig(start=str(tmp_path / "m"), **option))
+
+
+def test_options_that_a_saved_models_contract_has_are_taken(tiny_model: Path, tmp_path: Path) -> None:
+    DualEncoder.load(ModelConfig(start=str(tiny_model), query_length=20)).save(tmp_path / "m", options={}, inputs={})
+    again = DualEncoder.load(ModelConfig(start=str(tmp_path / "m"), query_length=20))
+    assert again.contract.query_length == 20
+
+
+def test_a_prefix_that_leaves_no_room_for_the_text_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match=r"takes \d+ of 6 tokens"):
+        DualEncoder.load(ModelConfig(start=str(tiny_model), query_prefix="a b c d e f ", query_length=6))
+
+
+def test_another_tokenizer_is_another_encoder(tiny_model: Path) -> None:
+    encoder = DualEncoder.load(ModelConfig(start=str(tiny_model)))
+    before = encoder.fingerprint
+    encoder.encode_queries(["a question"])
+    assert encoder.fingerprint == before
+    encoder.model.tokenizer.add_tokens(["newword"])
+    assert encoder.fingerprint != before

@@ -21,7 +21,7 @@ from pairdr.encode import encode_corpus
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.formats import read_run
-from pairdr.fusion import fuse_runs, list_weights, standardise, tune_run_weights, tune_weights
+from pairdr.fusion import cross_fit, fuse_runs, list_weights, standardise, tune_run_weights, tune_weights
 from pairdr.indexes.exact import search_exact, select_top
 from pairdr.lexical import LexicalIndex, Tokenizer, index_words
 from pairdr.records import Query, Run
@@ -279,6 +279,14 @@ def test_tuning_runs_counts_unanswered_questions_as_wrong() -> None:
     fused = fuse_runs([DENSE, WORDS], weights, 10)
     assert fused["q"][0].passage_id == "a"
     assert 0 < mean < 1
+
+
+def test_a_fusion_is_judged_on_queries_that_did_not_choose_its_weights() -> None:
+    right, wrong = np.array([-1.0, 1.0]), np.array([1.0, -1.0])
+    truth = [np.array([False, True])] * 2
+    # The first system is right on the first query alone, the second on the second: each half chooses the wrong one.
+    values, _ = cross_fit([[right, wrong], [wrong, right]], truth)
+    assert values.tolist() == [0.5, 0.5]
 
 
 # --- the vector store -------------------------------------------------------------------------------------------------

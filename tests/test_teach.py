@@ -207,6 +207,11 @@ def test_a_larger_dual_encoder_keeps_its_own_prefixes_and_takes_the_students_len
     assert (contract.query_prefix, contract.similarity, contract.query_length) == ("", "dot", 9)
 
 
+def test_a_larger_dual_encoder_works_on_the_chosen_device(bare_model: Path) -> None:
+    places = [load_dual_encoder(str(bare_model), ModelConfig(device=device)).model.device for device in ("cpu", "meta")]
+    assert [place.type for place in places] == ["cpu", "meta"]
+
+
 def test_an_unknown_kind_of_teacher_is_refused(toy_parts: Parts) -> None:
     with pytest.raises(UsageError, match="Unknown kind of teacher 'oracle'"):
         load_teacher({"kind": "oracle"}, "teacher", toy_parts.collection, toy_parts.index, ModelConfig())
@@ -378,6 +383,24 @@ def test_the_same_seed_trains_the_same_cross_encoder(toy_parts: Parts, cross_enc
     train(toy_parts, tmp_path / "other", cross_encoder_steps=3, cross_encoder_batch=8, teach_seed=99)
     assert hash_body(tmp_path / "same") == hash_body(cross_encoder)
     assert hash_body(tmp_path / "other") != hash_body(cross_encoder)
+
+
+@pytest.mark.slow
+def test_it_trains_for_so_many_steps_of_so_many_pairs(
+    toy_parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+
+    sizes: list[int] = []
+    forward = BinaryCrossEntropyLoss.forward
+
+    def watch(self: BinaryCrossEntropyLoss, inputs: Any, labels: Any, **rest: Any) -> Any:
+        sizes.append(len(labels))
+        return forward(self, inputs, labels, **rest)
+
+    monkeypatch.setattr(BinaryCrossEntropyLoss, "forward", watch)
+    train(toy_parts, tmp_path / "x", cross_encoder_steps=3, cross_encoder_batch=6)
+    assert sizes == [6, 6, 6]
 
 
 @pytest.mark.slow
