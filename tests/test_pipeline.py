@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from pairdr.artefact import publish, read_manifest, verify_artefact
 from pairdr.collection import open_collection
 from pairdr.config import (
     DataConfig,
+    EncodeConfig,
     EvaluateConfig,
     LabelConfig,
     MineConfig,
@@ -34,14 +35,20 @@ from pairdr.config import (
     WarmConfig,
 )
 from pairdr.costs import ENCODE_SHARE, TRAIN_SHARE, CostModel, measure_costs
+from pairdr.encode import encode_corpus
+from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, DataError, UsageError
 from pairdr.measures import compute_p_value, measure_run
 from pairdr.pipeline import RunResult, format_plan, plan_run, run_demo, run_pipeline
 from pairdr.records import Run, Scored
-from pairdr.search import Searcher
+from pairdr.search import Searcher, rank_dense
 from pairdr.steps import list_arms
 from pairdr.table import Table, compare_systems, read_table
+from pairdr.vectors import VectorStore
 from pairdr.work import Work
+
+if TYPE_CHECKING:
+    from conftest import Parts
 
 pytestmark = pytest.mark.slow
 
@@ -459,6 +466,35 @@ def test_the_demo_builds_its_data_once(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "demo" / "data" / "corpus.jsonl").write_text("[]", encoding="utf-8")
     run_demo(tmp_path / "demo")
     assert len(built) == 2
+
+
+# --- what is held in memory at a time ---------------------------------------------------------------------------------
+
+
+def test_search_takes_queries_and_passages_in_blocks(toy_parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    read = VectorStore.read_blocks
+    monkeypatch.setattr(VectorStore, "read_blocks", lambda self, size: sizes.append(size) or read(self, size))
+    queries = [toy_parts.collection.query(query_id) for query_id in toy_parts.collection.qrels("test")]
+    config = SearchConfig(query_block=10, passage_block=50)
+    assert [len(ids) for ids, _ in rank_dense(queries, toy_parts.encoder, toy_parts.store, config)] == [10, 10, 4]
+    assert sizes == [50, 50, 50]
+
+
+def test_encoding_takes_no_more_tokens_at_a_time_than_it_is_told(
+    toy_parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded: list[int] = []
+    forward = DualEncoder._forward
+
+    def watch(self: DualEncoder, tokens: Any) -> Any:
+        padded.append(len(tokens) * max(len(text.input_ids) for text in tokens))
+        return forward(self, tokens)
+
+    monkeypatch.setattr(DualEncoder, "_forward", watch)
+    encode_corpus(toy_parts.collection, toy_parts.encoder, EncodeConfig(tokens_per_batch=300), tmp_path / "vectors")
+    assert len(padded) > 10
+    assert max(padded) <= 300
 
 
 # --- searching what was made ------------------------------------------------------------------------------------------
