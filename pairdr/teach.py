@@ -117,12 +117,12 @@ def choose_teacher(
         base = DualEncoderTeacher(student, "student", _relative(student_folder, output), known)
         others: list[Teacher] = []
         if config.cross_encoder == "train":
-            train_cross_encoder(collection, student_folder, candidates, config, staging.path / "cross_encoder")
-            trained = str(staging.path / "cross_encoder")
-            others.append(CrossEncoderTeacher(trained, "trained cross-encoder", model.device, "cross_encoder"))
+            place = staging.path / "cross_encoder"
+            train_cross_encoder(collection, student_folder, candidates, config, place, device=model.device)
+            others.append(CrossEncoderTeacher(str(place), "trained cross-encoder", model.device, "cross_encoder"))
         elif config.cross_encoder is not None:
-            place = _relative(config.cross_encoder, output)
-            others.append(CrossEncoderTeacher(config.cross_encoder, "cross-encoder", model.device, place))
+            recorded = _relative(config.cross_encoder, output)
+            others.append(CrossEncoderTeacher(config.cross_encoder, "cross-encoder", model.device, recorded))
         if config.dual_encoder is not None:
             larger = load_dual_encoder(config.dual_encoder, model)
             others.append(DualEncoderTeacher(larger, "larger dual encoder", _relative(config.dual_encoder, output)))
@@ -211,7 +211,13 @@ def judge_teachers(
 
 
 def train_cross_encoder(
-    collection: Collection, body: str | Path, candidates: Candidates, config: TeachConfig, output: Path
+    collection: Collection,
+    body: str | Path,
+    candidates: Candidates,
+    config: TeachConfig,
+    output: Path,
+    *,
+    device: str | None = None,
 ) -> None:
     """Train a cross-encoder on the labelled queries, with negatives sampled from the student's mined candidates.
 
@@ -228,7 +234,7 @@ def train_cross_encoder(
     import torch
 
     torch.manual_seed(config.teach_seed)
-    model = CrossEncoder(str(body), num_labels=1, max_length=config.cross_encoder_length)
+    model = CrossEncoder(str(body), num_labels=1, max_length=config.cross_encoder_length, device=device)
     arguments = CrossEncoderTrainingArguments(
         output_dir=str(output),
         max_steps=config.cross_encoder_steps,
@@ -240,6 +246,7 @@ def train_cross_encoder(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        use_cpu=device == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     positives_share = config.cross_encoder_negatives
