@@ -84,8 +84,9 @@ def demo(
     from pairdr.pipeline import run_demo
 
     _quiet_libraries()
-    _print_result(run_demo(output, arms))
-    _print(f'Try it: pairdr search {output} "how do I fit a straight line to points"')
+    result = run_demo(output, arms)
+    _print_result(result)
+    _print(f'Try it: pairdr search {result.work} "how do I fit a straight line to points"')
 
 
 def check(

@@ -685,7 +685,7 @@ def test_the_demo_says_how_to_go_on(call: Call, work: Path, tmp_path: Path, monk
     code, output, _ = call("demo", "-o", tmp_path / "demo", "--arms", "all")
     assert code == 0
     assert asked == [(tmp_path / "demo", ("all",))]
-    assert output.splitlines()[-1].startswith(f"Try it: pairdr search {tmp_path / 'demo'}")
+    assert output.splitlines()[-1].startswith(f"Try it: pairdr search {tmp_path / 'demo' / 'work'} ")
 
 
 def test_the_version_is_printed(call: Call) -> None:
