@@ -14,13 +14,13 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types lock clean
+.PHONY: help install demo test test-crash lint format types lock clean
 
 STAMP := $(VENV)/.pairdr-installed
 LOCK_VENV := build/lock-venv
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 install: $(STAMP) ## create the environment with the locked packages; nothing is done twice
 
@@ -34,6 +34,9 @@ demo: install ## run the whole way on the documentation of Python and its librar
 
 test: install lint types ## run every check: lint, types, tests
 	$(VENV)/bin/pytest $(ARGS)
+
+test-crash: install ## kill training 20 times and resume it
+	PAIRDR_KILLS=20 $(VENV)/bin/pytest tests/crash -s
 
 lint: install ## check style and format
 	$(VENV)/bin/ruff check .

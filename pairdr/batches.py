@@ -1,12 +1,18 @@
-"""Examples to batches: which rows meet, which negatives they bring, and which candidates are known positives."""
+"""Examples to batches: which rows meet, which negatives they bring, and which candidates are known positives.
+
+A batch is planned for all ranks together, by every rank alike: no rank waits for another to learn which rows meet.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,17 +20,24 @@ from pairdr.formats import Examples
 from pairdr.losses import Masks
 from pairdr.records import Example
 
+WINDOW = 1024
+"""Rows whose ids are read at a time."""
+
 
 class Batch(NamedTuple):
-    """Rows by id; the trainer looks the texts up and embeds each once.
+    """One rank's rows of a joint batch, by id; the trainer looks the texts up and embeds each once.
+
+    b rows of this rank, B rows in all: b = B in one process.
 
     Attributes:
-        query_ids: [B].
-        passage_ids: every passage of the batch once.
-        positive: [B] places in `passage_ids`.
-        negative: [B, K] places in `passage_ids`; padding points at place 0.
-        negative_valid: [B, K] bool.
-        masks: known positives by id, or None when masking is off.
+        query_ids: [b].
+        passage_ids: every passage of these rows once.
+        positive: [b] places in `passage_ids`.
+        negative: [b, K] places in `passage_ids`; padding points at place 0.
+        negative_valid: [B, K] bool, of all rows.
+        masks: known positives by id among all rows' candidates, or None when masking is off.
+        rows: where these rows stand in the joint batch.
+        teacher_scores: [b, 1 + K], of the positive and the negatives; NaN where no teacher scored, and in padding.
     """
 
     query_ids: list[str]
@@ -33,88 +46,151 @@ class Batch(NamedTuple):
     negative: Tensor
     negative_valid: Tensor
     masks: Masks | None
+    rows: slice
+    teacher_scores: Tensor
 
 
 def plan_epoch(examples: Examples, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """Yield rows of `batch_size` in a seeded order; no two rows of a batch share a query or a positive.
 
-    A row that would clash waits for a later batch; what is left when nothing fits any more is dropped, as is a last
-    short batch, so that every batch has the same number of candidates.
+    A row that would clash waits, in the line of the id that it clashed on, and the heads of the lines come first in
+    the next batch. A batch looks at no more lines than four times its size, so an epoch costs time linear in its rows.
+    What fills no batch any more is dropped, so that every batch has the same number of candidates.
+
+    Args:
+        examples: the rows; ids are read a window at a time.
+        batch_size: B, the rows of the joint batch.
+        seed: decides the order.
+        epoch: so does the pass.
     """
-    order = list(range(len(examples)))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    query_of = examples.table.column("query_id").to_pylist()
-    positive_of = examples.table.column("positive_id").to_pylist()
-    waiting: deque[int] = deque()
-    stream = iter(order)
+    lines: dict[str, deque[tuple[int, str, str]]] = {}  # the id waited for: its rows; the longest wait first
+    stream = _read_keys(examples, f"{seed}/{epoch}")
     while True:
         batch: list[int] = []
-        taken: set[tuple[str, str]] = set()
+        taken: set[str] = set()
 
-        def fits(row: int, taken: set[tuple[str, str]] = taken) -> bool:
-            return ("q", query_of[row]) not in taken and ("p", positive_of[row]) not in taken
-
-        def add(row: int, batch: list[int] = batch, taken: set[tuple[str, str]] = taken) -> None:
-            batch.append(row)
-            taken.update((("q", query_of[row]), ("p", positive_of[row])))
-
-        for _ in range(len(waiting)):
-            row = waiting.popleft()
-            if len(batch) < batch_size and fits(row):
-                add(row)
+        def admit(row: tuple[int, str, str], batch: list[int] = batch, taken: set[str] = taken) -> None:
+            place, *keys = row
+            clash = next((key for key in keys if key in taken), None)
+            if clash is None:
+                batch.append(place)
+                taken.update(keys)
             else:
-                waiting.append(row)
-        while len(batch) < batch_size and (row := next(stream, -1)) >= 0:
-            if fits(row):
-                add(row)
-            else:
-                waiting.append(row)
+                lines.setdefault(clash, deque()).append(row)
+
+        for key in list(islice(lines, 4 * batch_size)):
+            if len(batch) == batch_size:
+                break
+            line = lines.pop(key)
+            row = line.popleft()
+            if line:
+                lines[key] = line
+            admit(row)
+        while len(batch) < batch_size and (head := next(stream, None)) is not None:
+            admit(head)
         if len(batch) < batch_size:
             return
         yield batch
 
 
-def collate(rows: Sequence[Example], negatives: int, *, mask: bool, rng: random.Random) -> Batch:
-    """Make a batch of examples.
+def permute(count: int, seed: str) -> Iterator[np.ndarray]:
+    """Yield windows of a seeded permutation of 0 .. count - 1, in memory that does not grow with `count`.
+
+    A Feistel network permutes the numbers below the next even power of two; those outside go through it again.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)  # bits
+    low = np.uint64((1 << half) - 1)
+    keys = np.frombuffer(hashlib.sha512(seed.encode()).digest(), dtype=np.uint64)
+
+    def shuffle(values: np.ndarray) -> np.ndarray:
+        left, right = values >> np.uint64(half), values & low
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        return (left << np.uint64(half)) | right
+
+    for start in range(0, count, WINDOW):
+        values = shuffle(np.arange(start, min(start + WINDOW, count), dtype=np.uint64))
+        while (outside := values >= count).any():
+            values[outside] = shuffle(values[outside])
+        yield values.astype(np.int64)
+
+
+def collate(
+    rows: Sequence[Example], negatives: int, *, mask: bool, rng: random.Random, share: slice | None = None
+) -> Batch:
+    """Make a rank's batch of the examples of a joint batch.
 
     Args:
-        rows: B examples.
+        rows: B examples, of all ranks.
         negatives: K, hard negatives drawn per row; a row with fewer brings all it has.
         mask: make the masks of known positives.
-        rng: draws the negatives.
+        rng: draws the negatives; equal on all ranks.
+        share: the b rows of this rank; unset takes all.
     """
+    share = share or slice(0, len(rows))
     drawn = [
-        list(row.negative_ids) if len(row.negative_ids) <= negatives else rng.sample(row.negative_ids, negatives)
+        range(len(row.negative_ids))
+        if len(row.negative_ids) <= negatives
+        else rng.sample(range(len(row.negative_ids)), negatives)
         for row in rows
     ]
-    width = max((len(ids) for ids in drawn), default=0)
+    width = max(map(len, drawn), default=0)
+    mine = rows[share]
     places: dict[str, int] = {}
-    positive = torch.tensor([places.setdefault(row.positive_id, len(places)) for row in rows])
-    negative = torch.zeros(len(rows), width, dtype=torch.long)
-    valid = torch.zeros(len(rows), width, dtype=torch.bool)
-    for at, ids in enumerate(drawn):
-        for column, passage_id in enumerate(ids):
-            negative[at, column] = places.setdefault(passage_id, len(places))
-            valid[at, column] = True
-    masks = make_masks(rows, drawn, width) if mask else None
-    return Batch([row.query_id for row in rows], list(places), positive, negative, valid, masks)
+    positive = torch.tensor([places.setdefault(row.positive_id, len(places)) for row in mine])
+    negative = torch.zeros(len(mine), width, dtype=torch.long)
+    scores = torch.full((len(mine), 1 + width), torch.nan)
+    for at, (row, columns) in enumerate(zip(mine, drawn[share], strict=True)):
+        count = len(columns)
+        negative[at, :count] = torch.tensor(
+            [places.setdefault(row.negative_ids[column], len(places)) for column in columns], dtype=torch.long
+        )
+        scores[at, : 1 + count] = torch.tensor([row.positive_score, *(row.negative_scores[c] for c in columns)])
+    valid = torch.arange(width)[None] < torch.tensor([len(columns) for columns in drawn])[:, None]  # [B, K]
+    brought = [[row.negative_ids[column] for column in columns] for row, columns in zip(rows, drawn, strict=True)]
+    masks = make_masks(rows, brought, width, share) if mask else None
+    return Batch([row.query_id for row in mine], list(places), positive, negative, valid, masks, share, scores)
 
 
-def make_masks(rows: Sequence[Example], negatives: Sequence[Sequence[str]], width: int) -> Masks:
-    """Return which candidates are known positives, by id: [B, B], [B, B, K], [B, B].
+def make_masks(
+    rows: Sequence[Example], negatives: Sequence[Sequence[str]], width: int, share: slice | None = None
+) -> Masks:
+    """Return which candidates are known positives, by id: [b, B], [b, B, K], [b, B].
 
-    Rows of one query share their known positives, so a repeated query masks its twin's positive.
+    Rows of one query share their known positives, so a repeated query masks its twin's positive. Only the pairs that
+    are masked are walked, so the time grows with the rows, not with their square.
+
+    Args:
+        rows: B examples, of all ranks.
+        negatives: the negatives that each brings.
+        width: K.
+        share: the b rows of this rank; unset takes all.
     """
+    share = share or slice(0, len(rows))
     known: dict[str, set[str]] = {}
-    for row in rows:
+    places: dict[str, list[tuple[int, int]]] = {}  # passage: (row, column), column 0 for the row's positive
+    for at, row in enumerate(rows):
         known.setdefault(row.query_id, set()).update(row.known_positive_ids, (row.positive_id,))
-    answers = [known[row.query_id] for row in rows]
-    count = len(rows)
-    positive = torch.tensor([[row.positive_id in answers[i] for row in rows] for i in range(count)])
-    query = torch.tensor([[rows[i].positive_id in answers[j] for j in range(count)] for i in range(count)])
-    negative = torch.zeros(count, count, width, dtype=torch.bool)
-    for i in range(count):
-        for j, ids in enumerate(negatives):
-            for column, passage_id in enumerate(ids):
-                negative[i, j, column] = passage_id in answers[i]
-    return Masks(positive, negative, query)
+        places.setdefault(row.positive_id, []).append((at, 0))
+        for column, passage_id in enumerate(negatives[at], start=1):
+            places.setdefault(passage_id, []).append((at, column))
+    candidate = torch.zeros(len(rows[share]), len(rows), 1 + width, dtype=torch.bool)  # [b, B, 1 + K]
+    query = torch.zeros(len(rows[share]), len(rows), dtype=torch.bool)  # [b, B]
+    begin, end, _ = share.indices(len(rows))
+    for at, row in enumerate(rows):
+        for passage_id in known[row.query_id]:
+            for other, column in places.get(passage_id, ()):
+                if begin <= at < end:
+                    candidate[at - begin, other, column] = True
+                if column == 0 and begin <= other < end:
+                    query[other - begin, at] = True
+    return Masks(candidate[:, :, 0], candidate[:, :, 1:], query)
+
+
+def _read_keys(examples: Examples, seed: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (row, its query, its positive) in a seeded order; the two kinds of id cannot be taken for each other."""
+    for window in permute(len(examples), seed):
+        for row, (query_id, positive_id) in zip(window.tolist(), examples.keys(window), strict=True):
+            yield row, f"q{query_id}", f"p{positive_id}"

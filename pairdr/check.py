@@ -158,12 +158,17 @@ def _count_cut(collection: Collection, model: ModelConfig, report: CheckReport) 
             report.warnings.append(f"{share:.0%} of the {what} are longer than {length} tokens and are cut")
 
 
+def find_body(start: str | Path) -> Path:
+    """Return the folder of a start model's transformer: of untied towers the first one's, else the start itself."""
+    return next(Path(start).glob("query_0_*"), Path(start))
+
+
 def load_tokenizer(start: str) -> Tokenizer | None:
     """Return the tokenizer of a start model without loading the model, or None where it has no tokenizer.json."""
     from tokenizers import Tokenizer
 
     name = find_minilm() if start == "minilm" else start
-    path = Path(name) / "tokenizer.json"
+    path = find_body(name) / "tokenizer.json"
     if not Path(name).exists():
         try:
             from huggingface_hub import hf_hub_download

@@ -78,8 +78,8 @@ def _read_config(tokens: Sequence[str]) -> tuple[Dict, ...]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"Broken TOML: {error}.", path=path, remedy="Mend it.") from error
-    plain = {key: value for key, value in content.items() if key == "arms"}
-    sections = {key: value for key, value in content.items() if key != "arms"}
+    plain = {key: value for key, value in content.items() if key in ("arms", "rounds")}
+    sections = {key: value for key, value in content.items() if key not in plain}
     try:
         change_options(RunConfig(), sections)
     except UsageError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from pairdr.artefact import read_manifest, verify_artefact
 from pairdr.config import (
     DataConfig,
     EncodeConfig,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 FLAT = Parameter(name="*")
 OUTPUT = Parameter(name=["--output", "-o"], help="Folder to write.")
+ARMS = Parameter(help="Models to train: pair, labelled_only, query_centric, or all.")
 
 
 def run(
@@ -42,9 +44,8 @@ def run(
     output: Annotated[Path, OUTPUT],
     config: Annotated[Path | None, Parameter(help="A TOML file of options; those given here win.")] = None,
     dry_run: Annotated[bool, Parameter(help="Say what would run, with predicted time and memory.")] = False,
-    arms: Annotated[tuple[str, ...], Parameter(help="Models to train: pair, labelled_only, query_centric, or all.")] = (
-        "pair",
-    ),
+    arms: Annotated[tuple[str, ...], ARMS] = ("pair",),
+    rounds: Annotated[int, Parameter(help="Times to mine, label and train, each with the model before.")] = 1,
     data_options: Annotated[DataConfig, FLAT] = DataConfig(),
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     lexical: Annotated[LexicalConfig, FLAT] = LexicalConfig(),
@@ -65,7 +66,8 @@ def run(
         BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv.
     """
     del config  # read before the options are parsed: see main
-    options = RunConfig(data_options, model, lexical, warm, mine, teach, label, train, encode, search, evaluate, arms)
+    sections = (data_options, model, lexical, warm, mine, teach, label, train, encode, search, evaluate)
+    options = RunConfig(*sections, arms, rounds)
     from pairdr.pipeline import format_plan, plan_run, run_pipeline
 
     _quiet_libraries()
@@ -78,7 +80,7 @@ def run(
 def demo(
     *,
     output: Annotated[Path, OUTPUT] = Path("demo"),
-    arms: Annotated[tuple[str, ...], Parameter(help="Models to train.")] = ("labelled_only", "pair"),
+    arms: Annotated[tuple[str, ...], ARMS] = ("labelled_only", "pair"),
 ) -> None:
     """Walk the whole way on the documentation of Python and its libraries: offline, minutes on a laptop."""
     from pairdr.pipeline import run_demo
@@ -120,7 +122,6 @@ def mine(
     options: Annotated[MineConfig, FLAT] = MineConfig(),
 ) -> None:
     """Find candidates for every query with the student (--start) and BM25, and hard negatives for the labelled ones."""
-    from pairdr.artefact import read_manifest
     from pairdr.encode import encode_corpus
     from pairdr.mine import mine_candidates
 
@@ -180,7 +181,6 @@ def label(
     teacher
         What `pairdr teach` wrote.
     """
-    from pairdr.artefact import read_manifest
     from pairdr.collection import open_collection
     from pairdr.label import label_examples
     from pairdr.lexical import index_words
@@ -223,17 +223,20 @@ def train(
     Examples:
         What `pairdr label` wrote.
     """
-    from pairdr.artefact import read_manifest
     from pairdr.collection import open_collection
     from pairdr.encoder import DualEncoder
-    from pairdr.train import train_model
+    from pairdr.ranks import find_rank
+    from pairdr.train import start_accelerator, train_model
 
     _quiet_libraries()
-    collection = open_collection(data, data_options)
     start = _beside(output, "start")
-    DualEncoder.load(model).save(start, options=model.as_dict(), inputs={})
+    with start_accelerator(model.device, options).main_process_first():  # under torchrun, one process makes the files
+        collection = open_collection(data, data_options)
+        if find_rank() == 0:
+            DualEncoder.load(model).save(start, options=model.as_dict(), inputs={})
     train_model(collection, rows, start, list_stages(arm, options), options, output, device=model.device)
-    _print_facts(read_manifest(output).facts["summary"])
+    if find_rank() == 0:
+        _print_facts(read_manifest(output).facts["summary"])
 
 
 def encode(
@@ -331,8 +334,6 @@ def evaluate(
 
 def verify(folder: Path) -> None:
     """Check the sha256 of every file of an output folder."""
-    from pairdr.artefact import verify_artefact
-
     manifest = verify_artefact(folder)
     _print(f"{len(manifest.files)} files are as they were written ({manifest.kind}, {manifest.fingerprint[:12]})")
 

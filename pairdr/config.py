@@ -44,7 +44,9 @@ class Options:
         for spec in fields(self):
             value, hint = getattr(self, spec.name), hints[spec.name]
             wanted, kinds = None, get_args(hint) or (hint,)
-            if get_origin(hint) is Literal:
+            if kinds == (int, ...):
+                wanted = None if all(type(item) is int and item > 0 for item in value) else "whole numbers above 0"
+            elif get_origin(hint) is Literal:
                 wanted = None if value in kinds else f"one of {', '.join(kinds)}"
             elif value is not None and not {int, float}.isdisjoint(kinds):
                 wanted = _find_broken_range(value, spec.metadata.get("low"), spec.metadata.get("high"), float in kinds)
@@ -81,6 +83,9 @@ class ModelConfig(Options):
     )
     similarity: Literal["auto", "cosine", "dot"] = option(
         "auto", "auto keeps a sentence-transformers folder's own; dot otherwise."
+    )
+    towers: Literal["tied", "untied"] = option(
+        "tied", "untied: queries and passages get an encoder each, begun from the same weights."
     )
     temperature: float | None = option(
         None, "Divides the scores in the losses; unset: 0.05 for cosine, 1.0 for dot.", low=1e-4
@@ -188,23 +193,54 @@ class TrainConfig(Options):
     dropout: float | None = option(
         None, "Dropout of hidden states and attention; unset keeps the model's own.", low=0, high=0.9
     )
+    optimizer: Literal["adamw", "lamb"] = option("adamw", "lamb is that of the paper's runs of batch 4,096.")
+    lr_schedule: Literal["linear", "paper"] = option("linear", "Form of the way down; see docs/training.md.")
+    query_negatives: bool = option(False, "L_Q also parts a query from the other queries (SamToNe).")
+    symmetric: bool = option(False, "L_Q is the mean of both directions, query to passage and back.")
+    false_negative_margin: float | None = option(
+        None, "Leave out candidates more similar than the positive by more than this; unset keeps all."
+    )
+    distillation: Literal["none", "listwise", "margin_mse"] = option("none", "Learn from the teacher's scores too.")
+    distillation_weight: float = option(1.0, "Weight of the distillation loss.", low=0)
+    distillation_temperature: float = option(1.0, "Softens both distributions of listwise distillation.", low=1e-3)
+    matryoshka_dims: tuple[int, ...] = option((), "Train the first so many dimensions as vectors of their own too.")
+    cross_batch_negatives: bool = option(True, "Under torchrun, the other ranks' rows are candidates too.")
+    grad_cache: bool = option(False, "Hold the graph of one forward pass at a time: any batch in little memory.")
+    tokens_per_forward: int | None = option(
+        None, "Most padded tokens of a forward pass; unset: 2048 on a CPU, 32768 on a GPU.", low=16
+    )
+    bf16: bool = option(False, "Autocast to bfloat16; logits and losses stay fp32.")
+    fp16: bool = option(False, "Autocast to float16 with a scaled loss, on a GPU.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
+    lora_rank: int | None = option(None, "Train low-rank additions (LoRA) of this rank, merged at the end.", low=1)
+    save_steps: int = option(500, "Steps between two checkpoints.", low=1)
+    save_total_limit: int = option(2, "Newest checkpoints that are kept.", low=1)
+    resume_from_checkpoint: bool = option(True, "Go on from the newest valid checkpoint.")
+    load_best_model_at_end: bool = option(False, "Keep the step that was best on dev, not the last one.")
     eval_steps: int = option(100, "Steps between two looks at dev.", low=1)
     eval_passages: int = option(1000, "Passages in the dev sample, the dev positives among them.", low=1)
     eval_queries: int = option(200, "Most dev queries in the dev sample.", low=1)
+    logging_steps: int = option(10, "Steps between two lines of the log.", low=1)
     report_to: str | None = option(None, "A tracker of accelerate: tensorboard, wandb, ...")
     seed: int = option(13, "Seed of order and dropout.", low=0)
 
     def __post_init__(self) -> None:
         """Check ranges, and that a loss over hard negatives gets some."""
         super().__post_init__()
+        if self.bf16 and self.fp16:
+            raise UsageError("Options bf16 and fp16 exclude each other.")
         if self.passage_negatives in ("own", "hard_all") and self.train_negatives == 0:
             raise UsageError(
                 f"Option passage_negatives is {self.passage_negatives!r}, which needs train_negatives of at least 1."
             )
 
     def options_of(self, stage: StageConfig) -> dict[str, Any]:
-        """Return the options that decide a stage: without a passage-centric loss its options do not count."""
-        unused = ("alpha", "passage_negatives") if stage.alpha == 0 else ()
+        """Return the options that decide a stage's model; those of a loss that is not computed do not count."""
+        unused = {"save_steps", "save_total_limit", "resume_from_checkpoint", "logging_steps", "report_to"}
+        if stage.alpha == 0:
+            unused |= {"alpha", "passage_negatives"}
+        if self.distillation == "none":
+            unused |= {"distillation_weight", "distillation_temperature"}
         return {name: value for name, value in self.as_dict().items() if name not in unused} | stage.as_dict()
 
 
@@ -280,6 +316,13 @@ class RunConfig(Options):
     search: SearchConfig = field(default_factory=SearchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     arms: tuple[str, ...] = option(("pair",), "Models to train: pair, labelled_only, query_centric, or all.")
+    rounds: int = option(1, "Times to mine, label and train, each with the model of the time before.", low=1)
+
+    def __post_init__(self) -> None:
+        """Check what no section checks."""
+        wanted = _find_broken_range(self.rounds, 1, None, fractions=False)
+        if wanted is not None:
+            raise UsageError(f"Option rounds is {self.rounds!r}; it must be {wanted}.")
 
 
 def change_options(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pairdr.check import load_tokenizer
+from pairdr.check import find_body, load_tokenizer
 from pairdr.collection import Collection
 from pairdr.config import ModelConfig
 from pairdr.sources.minilm import find_minilm
@@ -45,6 +45,7 @@ class CostModel:
         layers: transformer layers.
         passage_tokens: mean tokens of a passage, cut at the chosen length.
         query_tokens: mean tokens of a query, likewise.
+        towers: encoders in memory; a text goes through one of them.
     """
 
     rate: float
@@ -54,6 +55,7 @@ class CostModel:
     layers: int
     passage_tokens: float
     query_tokens: float
+    towers: int = 1
 
     def encode(self, passages: int, queries: int = 0) -> Cost:
         """Return the cost of encoding so many texts."""
@@ -76,7 +78,7 @@ class CostModel:
         return Cost(seconds + self.encode(0, queries).seconds, self._model_bytes() + 4 * self.hidden * passages)
 
     def _model_bytes(self) -> float:
-        return 4 * (self.weights + self.embeddings)
+        return 4 * self.towers * (self.weights + self.embeddings)
 
 
 def measure_costs(collection: Collection, model: ModelConfig) -> CostModel | None:
@@ -86,7 +88,10 @@ def measure_costs(collection: Collection, model: ModelConfig) -> CostModel | Non
         The model of costs, or None where the start model's config.json or tokenizer is not at hand.
     """
     folder = Path(find_minilm() if model.start == "minilm" else model.start)
-    tokenizer = load_tokenizer(model.start) if folder.is_dir() else None
+    body = find_body(folder)
+    towers = 1 if body == folder and model.towers == "tied" else 2
+    folder = body
+    tokenizer = load_tokenizer(str(folder)) if folder.is_dir() else None
     if tokenizer is None or not (folder / "config.json").is_file():
         return None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -116,6 +121,7 @@ def measure_costs(collection: Collection, model: ModelConfig) -> CostModel | Non
         layers,
         count(passages, model.passage_length),
         count(queries, model.query_length),
+        towers,
     )
 
 

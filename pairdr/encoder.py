@@ -1,4 +1,4 @@
-"""The dual encoder: one sentence-transformers model for both sides, and the contract that goes with it.
+"""The dual encoder: one sentence-transformers model that both sides share or route through, and its contract.
 
 The contract (prefixes, lengths, pooling, similarity, title form) is stored with the model in sentence-transformers'
 own places, so that plain `encode_query` and `encode_document` give the same vectors, and in the manifest, so that
@@ -14,14 +14,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from pairdr.artefact import MANIFEST, hash_json, publish, read_manifest
 from pairdr.config import ModelConfig
@@ -30,8 +30,10 @@ from pairdr.records import Passage
 from pairdr.sources.minilm import find_minilm
 from pairdr.start import Contract, load_start
 
-LENGTH_GROUP = 24
-"""Texts per forward pass in training: short groups of like length waste little padding."""
+FORWARD_COST = 64
+"""What one more forward pass costs, in padded tokens: its calls, and matrix products that are too small."""
+
+Side = Literal["query", "passage"]
 
 
 class Tokens(NamedTuple):
@@ -42,11 +44,11 @@ class Tokens(NamedTuple):
 
 
 class DualEncoder:
-    """A tied dual encoder.
+    """A dual encoder: one encoder for both sides (tied towers), or one for each (untied).
 
     Attributes:
         model: the sentence-transformers model.
-        contract: prefixes, lengths, pooling, similarity.
+        contract: prefixes, lengths, pooling, similarity, towers.
         temperature: the divisor of scores that fits the similarity.
         is_retriever: False for a bare encoder that nobody has tuned for similarity yet.
     """
@@ -134,14 +136,6 @@ class DualEncoder:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def set_dropout(self, dropout: float | None) -> None:
-        """Set the dropout of hidden states and attention; None leaves the model's own."""
-        if dropout is None:
-            return
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = dropout
-
     def tokenize_queries(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenise questions, prefix included, cut to the contract's length."""
         return self._tokenize([self.contract.query_prefix + text for text in texts], None, self.contract.query_length)
@@ -157,49 +151,20 @@ class DualEncoder:
             return self._tokenize(titles, texts, self.contract.passage_length)
         return self._tokenize([prefix + p.joined for p in passages], None, self.contract.passage_length)
 
-    def embed(self, tokens: Sequence[Tokens]) -> Tensor:
-        """Return [n, D] vectors with their graph, computed in groups of like length.
+    def embed(self, tokens: Sequence[Tokens], side: Side | None = None) -> Tensor:
+        """Return the [n, D] vectors of one padded forward pass, with their graph if gradients are on.
 
         For cosine they are normalised, so that an inner product is the similarity.
+
+        Args:
+            tokens: the texts.
+            side: what they are; tied towers embed both sides alike, in one pass if need be, and may leave it out.
+
+        Raises:
+            ValueError: untied towers, and no side.
         """
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i].input_ids))
-        parts = [
-            self._forward([tokens[i] for i in order[at : at + LENGTH_GROUP]])
-            for at in range(0, len(order), LENGTH_GROUP)
-        ]
-        place = torch.empty(len(order), dtype=torch.long)
-        place[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
-        return torch.cat(parts)[place.to(parts[0].device)]
-
-    @torch.inference_mode()
-    def encode(self, tokens: Sequence[Tokens], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
-        """Return [n, D] fp32 vectors without a graph. The batch plan is a function of the texts alone."""
-        self.model.eval()
-        vectors = np.empty((len(tokens), self.contract.dimensions), dtype=np.float32)
-        for group in plan_batches([len(t.input_ids) for t in tokens], tokens_per_batch):
-            vectors[group] = self._forward([tokens[i] for i in group]).float().cpu().numpy()
-        return vectors
-
-    def encode_queries(self, texts: Sequence[str], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
-        """Return the [n, D] vectors of questions."""
-        return self.encode(self.tokenize_queries(texts), tokens_per_batch)
-
-    def encode_passages(self, passages: Sequence[Passage], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
-        """Return the [n, D] vectors of passages."""
-        return self.encode(self.tokenize_passages(passages), tokens_per_batch)
-
-    def _tokenize(self, first: list[str], second: list[str] | None, length: int) -> list[Tokens]:
-        if not first:
-            return []
-        tokenizer = self.model.tokenizer
-        coded = tokenizer(
-            first, second, truncation="longest_first", max_length=length, return_attention_mask=False, verbose=False
-        )
-        types = coded.get("token_type_ids") or [[] for _ in first]
-        return [Tokens(*pair) for pair in zip(coded["input_ids"], types, strict=True)]
-
-    def _forward(self, tokens: Sequence[Tokens]) -> Tensor:
-        """Return [n, D] of one padded batch."""
+        if side is None and self.contract.towers == "untied":
+            raise ValueError("Untied towers need to know the side of a forward pass.")
         width = max(len(t.input_ids) for t in tokens)
         pad_id = self.model.tokenizer.pad_token_id or 0
         ids = torch.full((len(tokens), width), pad_id, dtype=torch.long)  # [n, width]
@@ -213,20 +178,74 @@ class DualEncoder:
         if tokens[0].token_type_ids:
             features["token_type_ids"] = types
         device = self.model.device
-        vectors: Tensor = self.model({name: value.to(device) for name, value in features.items()})["sentence_embedding"]
+        task = "query" if side == "query" else "document"
+        found = self.model({name: value.to(device) for name, value in features.items()}, task=task)
+        vectors: Tensor = found["sentence_embedding"]
         return vectors
 
+    @torch.inference_mode()
+    def encode(
+        self, tokens: Sequence[Tokens], tokens_per_batch: int = 2048, side: Side | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return [n, D] fp32 vectors without a graph. The batch plan is a function of the texts alone."""
+        self.model.eval()
+        vectors = np.empty((len(tokens), self.contract.dimensions), dtype=np.float32)
+        for group in plan_forwards([len(t.input_ids) for t in tokens], tokens_per_batch):
+            vectors[group] = self.embed([tokens[i] for i in group], side).float().cpu().numpy()
+        return vectors
 
-def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Return groups of places, by length, of at most so many padded tokens each (one long text may exceed it)."""
+    def encode_queries(self, texts: Sequence[str], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of questions."""
+        return self.encode(self.tokenize_queries(texts), tokens_per_batch, "query")
+
+    def encode_passages(self, passages: Sequence[Passage], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of passages."""
+        return self.encode(self.tokenize_passages(passages), tokens_per_batch, "passage")
+
+    def _tokenize(self, first: list[str], second: list[str] | None, length: int) -> list[Tokens]:
+        if not first:
+            return []
+        tokenizer = self.model.tokenizer
+        coded = tokenizer(
+            first, second, truncation="longest_first", max_length=length, return_attention_mask=False, verbose=False
+        )
+        types = coded.get("token_type_ids") or [[] for _ in first]
+        return [Tokens(*pair) for pair in zip(coded["input_ids"], types, strict=True)]
+
+
+def plan_forwards(lengths: Sequence[int], tokens_per_forward: int) -> list[list[int]]:
+    """Group texts by length into forward passes, so that padding and the number of passes cost least together.
+
+    Args:
+        lengths: tokens of each text.
+        tokens_per_forward: the most padded tokens of one pass; a single longer text may exceed it.
+
+    Returns:
+        Places in `lengths`, shortest texts first. A function of its arguments alone.
+    """
+    places: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        places.setdefault(length, []).append(place)
+    widths = sorted(places)
+    # cheapest[i]: the least cost of all texts up to width i, and where the last group of that plan begins.
+    cheapest: list[tuple[int, int]] = [(0, 0)]
+    for end, width in enumerate(widths, start=1):
+        count, best = 0, (-1, 0)
+        for begin in range(end - 1, -1, -1):
+            count += len(places[widths[begin]])
+            cost = cheapest[begin][0] + count * width + FORWARD_COST
+            if best[0] < 0 or cost < best[0]:
+                best = (cost, begin)
+        cheapest.append(best)
     groups: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        # Sorted: the newest text is the longest, so it sets the group's width.
-        if groups and (len(groups[-1]) + 1) * lengths[place] <= tokens_per_batch:
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    return groups
+    end = len(widths)
+    while end:
+        begin = cheapest[end][1]
+        texts = [place for width in widths[begin:end] for place in places[width]]
+        size = max(1, tokens_per_forward // max(1, widths[end - 1]))
+        groups.extend(texts[at : at + size] for at in reversed(range(0, len(texts), size)))
+        end = begin
+    return groups[::-1]
 
 
 def _strip_padding(tokenizer: str) -> str:

@@ -6,7 +6,8 @@ PairdrError                what happened, where, and the way out        exit 1
 │   └── MissingExtraError  a package that an optional part needs        exit 2
 ├── DataError              a file of the user's data is broken          exit 1
 ├── ArtefactError          an output folder is missing, broken or does not fit   exit 1
-└── RefusedError           the work could go on, but the result would mislead     exit 1
+├── RefusedError           the work could go on, but the result would mislead     exit 1
+└── StoppedError           told to stop (SIGTERM), and what was done is saved     exit 143
 ```
 """
 
@@ -58,3 +59,9 @@ class ArtefactError(PairdrError):
 
 class RefusedError(PairdrError):
     """The work could go on, but its result would mislead."""
+
+
+class StoppedError(PairdrError):
+    """The process was told to stop (SIGTERM) and saved what was done: 143 is what shells give such a process."""
+
+    exit_code = 143

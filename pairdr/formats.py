@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pairdr.errors import DataError, UsageError
@@ -277,6 +279,11 @@ class Examples:
 
     def __iter__(self) -> Iterator[Example]:
         return (self[row] for row in range(len(self)))
+
+    def keys(self, rows: npt.NDArray[np.int64]) -> list[tuple[str, str]]:
+        """Return (query id, positive id) of some rows; nothing else is read."""
+        taken = self.table.select(["query_id", "positive_id"]).take(pa.array(rows))
+        return list(zip(*(column.to_pylist() for column in taken.columns), strict=True))
 
 
 def _group(lines: Iterable[tuple[int, str, str, int]]) -> Qrels:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ def measure_precision(examples: Sequence[Example], hidden: Qrels) -> dict[str, A
 def _label_plainly(collection: Collection, candidates: Candidates, config: LabelConfig) -> Iterator[Example]:
     for query_id in candidates.negatives:
         chosen = candidates.negatives[query_id][: config.negatives]
-        yield from _rows(collection, query_id, [hit.passage_id for hit in chosen], [math.nan] * len(chosen))
+        yield from _rows(collection, query_id, [hit.passage_id for hit in chosen], {})
 
 
 def _denoise(
@@ -261,21 +261,23 @@ def _denoise(
     """
     mined = {query_id: {hit.passage_id for hit in candidates.negatives[query_id]} for query_id in candidates.negatives}
     for query_id, hits, scores in score_candidates(collection, candidates.merged, teacher, mined, config.label_depth):
-        usable = [
-            (hit.passage_id, float(s)) for hit, s in zip(hits, scores, strict=True) if hit.passage_id in mined[query_id]
-        ]
-        kept = [pair for pair in usable if pair[1] < s_neg]
+        scored = {hit.passage_id: float(score) for hit, score in zip(hits, scores, strict=True)}
+        usable = [passage_id for passage_id in scored if passage_id in mined[query_id]]
+        kept = [passage_id for passage_id in usable if scored[passage_id] < s_neg]
         counts["mined negatives kept"] += len(kept)
         counts["mined negatives the teacher rejects"] += len(usable) - len(kept)
-        kept = kept[: config.negatives]
-        yield from _rows(collection, query_id, [p for p, _ in kept], [s for _, s in kept])
+        yield from _rows(collection, query_id, kept[: config.negatives], scored)
 
 
-def _rows(collection: Collection, query_id: str, negatives: list[str], scores: list[float]) -> Iterator[Example]:
-    """Yield one labelled row per positive of the query."""
+def _rows(
+    collection: Collection, query_id: str, negatives: list[str], scored: Mapping[str, float]
+) -> Iterator[Example]:
+    """Yield one labelled row per positive of the query, with the scores that the teacher gave."""
     positives = positives_of(collection.qrels("train"), query_id)
+    scores = tuple(scored.get(passage_id, math.nan) for passage_id in negatives)
     for positive in positives:
-        yield Example(query_id, positive, tuple(negatives), positives, "labelled", math.nan, tuple(scores))
+        score = scored.get(positive, math.nan)
+        yield Example(query_id, positive, tuple(negatives), positives, "labelled", score, scores)
 
 
 def _label_pool(

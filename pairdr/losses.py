@@ -38,10 +38,12 @@ PassageNegatives = Literal["official", "own", "hard_all", "hard_all_pos"]
 class Masks(NamedTuple):
     """Which candidates are known positives and therefore never negatives. True removes a candidate.
 
+    b rows are this process's share of the joint batch of B rows; b = B in one process.
+
     Attributes:
-        positive: [B, B]; row i, column j: p+_j is known to answer q_i (the diagonal is never read).
-        negative: [B, B, K]; row i, column (j, k): p-_jk is known to answer q_i, or is p+_i.
-        query: [B, B]; row i, column j: p+_i is known to answer q_j (the diagonal is never read).
+        positive: [b, B]; row i, column j: p+_j is known to answer q_i (a row's own column is never read).
+        negative: [b, B, K]; row i, column (j, k): p-_jk is known to answer q_i, or is p+_i.
+        query: [b, B]; row i, column j: p+_i is known to answer q_j (a row's own column is never read).
     """
 
     positive: Tensor
@@ -65,6 +67,9 @@ def query_centric_loss(
     temperature: float = 1.0,
     negative_valid: Tensor | None = None,
     masks: Masks | None = None,
+    rows: slice | None = None,
+    false_negative_margin: float | None = None,
+    query_negatives: bool = False,
 ) -> Tensor:
     """Ask that each query be nearer to its positive than to every other passage of the batch (PAIR, section 4, L_Q).
 
@@ -75,20 +80,27 @@ def query_centric_loss(
         temperature: divides the scores.
         negative_valid: [B, K] bool; False marks the padding of rows with fewer negatives.
         masks: known positives, by id.
+        rows: the b rows that this process answers for; the other rows are candidates only. Unset: all.
+        false_negative_margin: leave out candidates whose similarity to the query exceeds the positive's by more than
+            this; unset keeps all.
+        query_negatives: the other queries are candidates too (SamToNe, arXiv 2306.02516).
 
     Returns:
-        The mean over the B rows, a scalar of at least fp32.
+        The mean over the b rows, a scalar of at least fp32.
 
     Raises:
         UsageError: shapes that do not fit each other.
     """
     _require_shapes(query, positive, negative)
-    rows = len(query)
-    scores = torch.cat([_score(query, positive, temperature), _score(query, negative.flatten(0, 1), temperature)], 1)
-    removed = torch.cat(
-        [_off_diagonal(masks and masks.positive, query, rows), _hard(negative, negative_valid, masks)], 1
-    )
-    return _softmax_loss(scores, removed, torch.arange(rows, device=query.device))  # scores, removed [B, B + B*K]
+    own = _own(query, rows)  # [b, B]
+    anchor = query if rows is None else query[rows]  # [b, D]
+    pools = [
+        (_score(anchor, positive, temperature), _others(masks and masks.positive, own)),
+        (_score(anchor, negative.flatten(0, 1), temperature), _hard(negative, negative_valid, masks, len(anchor))),
+    ]
+    if query_negatives:
+        pools.append((_score(anchor, query, temperature), own | _others(masks and masks.positive, own)))
+    return _softmax_loss(pools, own, _limit(pools[0][0], own, false_negative_margin, temperature))
 
 
 def passage_centric_loss(
@@ -100,6 +112,8 @@ def passage_centric_loss(
     temperature: float = 1.0,
     negative_valid: Tensor | None = None,
     masks: Masks | None = None,
+    rows: slice | None = None,
+    false_negative_margin: float | None = None,
 ) -> Tensor:
     """Ask that each positive be nearer to its query than to negative passages (PAIR, section 4, L_P).
 
@@ -111,35 +125,34 @@ def passage_centric_loss(
         temperature: divides the scores.
         negative_valid: [B, K] bool; False marks the padding of rows with fewer negatives.
         masks: known positives, by id.
+        rows: the b rows that this process answers for, as in `query_centric_loss`.
+        false_negative_margin: as in `query_centric_loss`, with the similarity to the positive passage.
 
     Returns:
-        The mean over the B rows, a scalar of at least fp32.
+        The mean over the b rows, a scalar of at least fp32.
 
     Raises:
         UsageError: shapes that do not fit, or a row of `own` or a batch of `hard_all` without any hard negative:
             its loss would be 0 without a word.
     """
     _require_shapes(query, positive, negative)
-    rows, count = negative.shape[:2]
-    hard_removed = _hard(negative, negative_valid, masks)  # [B, B*K]
+    own = _own(query, rows)  # [b, B]
+    anchor = positive if rows is None else positive[rows]  # [b, D]
+    hard_removed = _hard(negative, negative_valid, masks, len(anchor))  # [b, B*K]
     if passage_negatives == "own":
-        own = torch.eye(rows, dtype=torch.bool, device=query.device).repeat_interleave(count, 1)  # [B, B*K]
-        hard_removed = hard_removed | ~own
-    _require_negatives(passage_negatives, hard_removed, negative_valid, count)
-    hard = _score(positive, negative.flatten(0, 1), temperature)  # [B, B*K]
-    to_query = _score(positive, query, temperature)  # [B, B]
+        hard_removed = hard_removed | ~own.repeat_interleave(negative.shape[1], 1)
+    _require_negatives(passage_negatives, hard_removed, negative_valid, negative.shape[1])
+    to_query = _score(anchor, query, temperature)  # [b, B]
     if passage_negatives == "official":
-        others, others_removed = to_query, _off_diagonal(masks and masks.query, query, rows)
+        others, others_removed = to_query, _others(masks and masks.query, own)
     elif passage_negatives == "hard_all_pos":
         # The column of the anchor itself gives its place to the numerator s(p+_i, q_i).
-        diagonal = torch.eye(rows, dtype=torch.bool, device=query.device)
-        others = torch.where(diagonal, to_query, _score(positive, positive, temperature))
-        others_removed = _off_diagonal(masks and masks.positive, query, rows)
+        others = torch.where(own, to_query, _score(anchor, positive, temperature))
+        others_removed = _others(masks and masks.positive, own)
     else:
-        others = to_query
-        others_removed = ~torch.eye(rows, dtype=torch.bool, device=query.device)
-    scores, removed = torch.cat([others, hard], 1), torch.cat([others_removed, hard_removed], 1)  # [B, B + B*K]
-    return _softmax_loss(scores, removed, torch.arange(rows, device=query.device))
+        others, others_removed = to_query, ~own
+    pools = [(others, others_removed), (_score(anchor, negative.flatten(0, 1), temperature), hard_removed)]
+    return _softmax_loss(pools, own, _limit(to_query, own, false_negative_margin, temperature))
 
 
 def pair_loss(
@@ -152,6 +165,9 @@ def pair_loss(
     temperature: float = 1.0,
     negative_valid: Tensor | None = None,
     masks: Masks | None = None,
+    rows: slice | None = None,
+    false_negative_margin: float | None = None,
+    query_negatives: bool = False,
 ) -> PairParts:
     """Mix both relations: (1 - alpha) L_Q + alpha L_P (PAIR, section 4). With alpha 0, L_P is not computed.
 
@@ -162,8 +178,14 @@ def pair_loss(
     """
     if not 0 <= alpha <= 1:
         raise UsageError(f"alpha is {alpha}; it must be 0 to 1.")
-    common: dict[str, Any] = {"temperature": temperature, "negative_valid": negative_valid, "masks": masks}
-    by_query = query_centric_loss(query, positive, negative, **common)
+    common: dict[str, Any] = {
+        "temperature": temperature,
+        "negative_valid": negative_valid,
+        "masks": masks,
+        "rows": rows,
+        "false_negative_margin": false_negative_margin,
+    }
+    by_query = query_centric_loss(query, positive, negative, query_negatives=query_negatives, **common)
     if alpha == 0:
         return PairParts(by_query, by_query, None)
     by_passage = passage_centric_loss(query, positive, negative, passage_negatives, **common)
@@ -235,26 +257,39 @@ def _score(anchor: Tensor, candidate: Tensor, temperature: float) -> Tensor:
         return anchor @ candidate.T / temperature
 
 
-def _softmax_loss(scores: Tensor, removed: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(scores.masked_fill(removed, -torch.inf), target)
+def _own(query: Tensor, rows: slice | None) -> Tensor:
+    """Return [b, B] bool: where the column of a row of this process is its own."""
+    column = torch.arange(len(query), device=query.device)
+    return (column if rows is None else column[rows])[:, None] == column[None]
 
 
-def _off_diagonal(mask: Tensor | None, like: Tensor, rows: int) -> Tensor:
-    """Return a [B, B] mask that never removes the numerator."""
-    if mask is None:
-        return torch.zeros(rows, rows, dtype=torch.bool, device=like.device)
-    return mask & ~torch.eye(rows, dtype=torch.bool, device=like.device)
+def _others(mask: Tensor | None, own: Tensor) -> Tensor:
+    """Return a [b, B] mask that never removes the numerator."""
+    return torch.zeros_like(own) if mask is None else mask & ~own
 
 
-def _hard(negative: Tensor, valid: Tensor | None, masks: Masks | None) -> Tensor:
-    """Return the [B, B*K] mask of hard negatives that are padding or known positives."""
-    rows, count = negative.shape[:2]
-    removed = torch.zeros(rows, rows, count, dtype=torch.bool, device=negative.device)
+def _hard(negative: Tensor, valid: Tensor | None, masks: Masks | None, rows: int) -> Tensor:
+    """Return the [b, B*K] mask of hard negatives that are padding or known positives."""
+    removed = torch.zeros(rows, *negative.shape[:2], dtype=torch.bool, device=negative.device)
     if valid is not None:
         removed = removed | ~valid.bool()[None]
     if masks is not None:
         removed = removed | masks.negative
     return removed.flatten(1)
+
+
+def _limit(scores: Tensor, own: Tensor, margin: float | None, temperature: float) -> Tensor | None:
+    """Return [b, 1]: the logit above which a candidate is taken for a false negative; None for no such limit."""
+    return None if margin is None else scores.detach()[own][:, None] + margin / temperature
+
+
+def _softmax_loss(pools: list[tuple[Tensor, Tensor]], own: Tensor, limit: Tensor | None) -> Tensor:
+    """Return the mean cross-entropy over (scores, removed) pools; the first one, [b, B], holds the numerators."""
+    scores, removed = (torch.cat(parts, 1) for parts in zip(*pools, strict=True))  # [b, candidates]
+    target = own.int().argmax(1)  # [b]
+    if limit is not None:
+        removed = removed | (scores.detach() > limit).scatter(1, target[:, None], value=False)
+    return F.cross_entropy(scores.masked_fill(removed, -torch.inf), target)
 
 
 def _require_shapes(query: Tensor, positive: Tensor, negative: Tensor) -> None:

@@ -18,10 +18,11 @@ from pairdr.collection import Collection, open_collection
 from pairdr.config import DataConfig, LexicalConfig, ModelConfig, RunConfig, TrainConfig
 from pairdr.costs import GIB, Cost, measure_costs
 from pairdr.errors import ArtefactError, UsageError
+from pairdr.makers import FUSED, table_split
 from pairdr.measures import parse_measures
 from pairdr.progress import say
 from pairdr.search import WORK_FILE
-from pairdr.steps import FUSED, list_steps, table_split
+from pairdr.steps import list_steps
 from pairdr.table import Table, read_table
 from pairdr.work import Work
 

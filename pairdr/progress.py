@@ -1,7 +1,8 @@
-"""Progress bars and lines on the terminal: standard error, and nothing at all when that is no terminal."""
+"""Progress bars and lines on the terminal: on standard error, bars only on a terminal, of the first process only."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ class Advance(Protocol):
 @contextmanager
 def show_progress(title: str, total: int) -> Iterator[Advance]:
     """Show a bar with its rate and the time left while the block runs."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or _is_second():
         yield lambda steps=1, note="": None
         return
     from rich.console import Console
@@ -38,5 +39,12 @@ def show_progress(title: str, total: int) -> Iterator[Advance]:
 
 def say(text: str) -> None:
     """Write a line for the person who watches."""
+    if _is_second():
+        return
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def _is_second() -> bool:
+    """Return whether torchrun started this process beside a first one."""
+    return os.environ.get("RANK", "0") != "0"

@@ -5,6 +5,7 @@ Takes a name and options, returns a sentence-transformers model whose own settin
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Router, Transformer
 from torch import nn
 
 from pairdr.artefact import MANIFEST, read_manifest
@@ -33,6 +34,7 @@ class Contract:
     similarity: str
     title: str
     dimensions: int
+    towers: str = "tied"
 
 
 def load_start(name: str, config: ModelConfig) -> tuple[SentenceTransformer, Contract, float, bool]:
@@ -40,7 +42,7 @@ def load_start(name: str, config: ModelConfig) -> tuple[SentenceTransformer, Con
 
     Args:
         name: a folder or hub name of sentence-transformers or Hugging Face form.
-        config: layers, pooling, similarity, prefixes, lengths.
+        config: layers, pooling, similarity, towers, prefixes, lengths.
 
     Returns:
         The model, its contract, the temperature that fits its similarity, and whether it is a retriever already.
@@ -63,6 +65,8 @@ def load_start(name: str, config: ModelConfig) -> tuple[SentenceTransformer, Con
             path=name,
             remedy="Set temperature = 0.05 or similarity = 'cosine'.",
         )
+    if config.towers == "untied":
+        model = _untie(model)
     return model, contract, temperature, tuned
 
 
@@ -189,7 +193,19 @@ def _settle_contract(model: SentenceTransformer, config: ModelConfig) -> Contrac
         str(model.similarity_fn_name),
         config.title,
         int(model.get_embedding_dimension() or 0),
+        config.towers,
     )
+
+
+def _untie(model: SentenceTransformer) -> SentenceTransformer:
+    """Return a model with an encoder for each side, two copies of the one that is given."""
+    modules: Any = list(model.children())
+    router = Router.for_query_document(modules, copy.deepcopy(modules))
+    untied = SentenceTransformer(
+        modules=[router], similarity_fn_name=model.similarity_fn_name, device=str(model.device)
+    )
+    untied.prompts = model.prompts
+    return untied
 
 
 def _require_room(model: SentenceTransformer, contract: Contract) -> None:

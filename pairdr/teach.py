@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pairdr.artefact import publish, read_manifest, write_json
+from pairdr.check import find_body
 from pairdr.collection import Collection
 from pairdr.config import ModelConfig, TeachConfig
 from pairdr.encoder import DualEncoder
@@ -234,7 +235,7 @@ def train_cross_encoder(
     import torch
 
     torch.manual_seed(config.teach_seed)
-    model = CrossEncoder(str(body), num_labels=1, max_length=config.cross_encoder_length, device=device)
+    model = CrossEncoder(str(find_body(body)), num_labels=1, max_length=config.cross_encoder_length, device=device)
     arguments = CrossEncoderTrainingArguments(
         output_dir=str(output),
         max_steps=config.cross_encoder_steps,

@@ -214,6 +214,7 @@ def load_dual_encoder(source: str, model: ModelConfig) -> DualEncoder:
             passage_prefix=None,
             pooling="auto",
             similarity="auto",
+            towers="tied",
             temperature=None,
         )
     )

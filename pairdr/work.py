@@ -17,7 +17,6 @@ from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.formats import read_run
 from pairdr.lexical import LexicalIndex
-from pairdr.mine import Candidates, read_candidates
 from pairdr.records import Run
 from pairdr.start import is_retriever
 from pairdr.vectors import VectorStore
@@ -82,11 +81,6 @@ class Work:
     def index(self) -> LexicalIndex:
         """Return BM25."""
         return LexicalIndex(self.path("bm25"))
-
-    @property
-    def candidates(self) -> Candidates:
-        """Return what mining found."""
-        return read_candidates(self.path("candidates"))
 
     def run(self, split: str, system: str) -> Run:
         """Return a run."""

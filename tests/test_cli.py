@@ -476,6 +476,10 @@ def change(spec: Field[Any], hint: Any, default: Any) -> Any:
         return Path("held-out.txt")
     if spec.name == "measures":
         return ("Success@5", "RR@10")
+    if spec.name == "matryoshka_dims":
+        return (64, 128)
+    if spec.name == "fp16":
+        return False  # bf16 is set, and one excludes the other
     if isinstance(default, bool):
         return not default
     kinds = get_args(hint) or (hint,)
@@ -484,7 +488,7 @@ def change(spec: Field[Any], hint: Any, default: Any) -> Any:
     high = spec.metadata["high"]
     value = 0.25 if default is None else default / 2 + 0.1 if isinstance(default, float) else default + 1
     if float not in kinds:
-        value = 7 if default is None else default + 1
+        value = 77 if default is None else default + 1
     return value if high is None else min(value, high)
 
 
@@ -520,7 +524,9 @@ def write_toml(path: Path, sections: dict[str, dict[str, Any]]) -> Path:
     for section, values in sections.items():
         lines.append(f"[{section}]")
         for name, value in values.items():
-            plain = [str(item) for item in value] if isinstance(value, tuple) else value
+            plain = (
+                [item if isinstance(item, int) else str(item) for item in value] if isinstance(value, tuple) else value
+            )
             plain = str(plain) if isinstance(plain, Path) else plain
             lines.append(f"{name} = {json.dumps(plain)}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

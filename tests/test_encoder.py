@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Static
 from pairdr.artefact import hash_file, publish, read_manifest, verify_artefact
 from pairdr.collection import Collection, open_collection
 from pairdr.config import EncodeConfig, ModelConfig
+from pairdr.dropout import use_dropout
 from pairdr.encode import encode_corpus
-from pairdr.encoder import DualEncoder, plan_batches
+from pairdr.encoder import FORWARD_COST, DualEncoder, plan_forwards
 from pairdr.errors import ArtefactError, PairdrError, RefusedError, UsageError
 from pairdr.records import Passage
 from pairdr.start import is_retriever
@@ -279,10 +281,19 @@ def test_dropout_is_on_in_training_until_it_is_set_to_zero(tiny_model: Path) -> 
     encoder = load(tiny_model)
     tokens = encoder.tokenize_queries(QUERIES)
     encoder.model.train()
-    encoder.set_dropout(None)
     assert not torch.equal(encoder.embed(tokens), encoder.embed(tokens))
-    encoder.set_dropout(0.0)
-    assert torch.equal(encoder.embed(tokens), encoder.embed(tokens))
+    with use_dropout(encoder.model, 0.0):
+        assert torch.equal(encoder.embed(tokens), encoder.embed(tokens))
+
+
+def test_embed_is_one_forward_pass_padded_to_the_longest_text(tiny_model: Path) -> None:
+    encoder = load(tiny_model)
+    shapes: list[tuple[int, ...]] = []
+    layer = encoder.model[0].model.encoder.layer[0]
+    layer.register_forward_hook(lambda module, inputs, out: shapes.append(tuple(inputs[0].shape)))
+    tokens = encoder.tokenize_queries(QUERIES)
+    assert encoder.embed(tokens).shape == (4, 32)
+    assert shapes == [(4, max(len(text.input_ids) for text in tokens), 32)]
 
 
 def test_the_vectors_of_no_texts_are_an_empty_array(tiny_model: Path) -> None:
@@ -295,11 +306,51 @@ def test_the_size_of_a_batch_does_not_change_the_vectors(tiny_model: Path) -> No
     assert alone == pytest.approx(together, abs=1e-6)
 
 
-@given(st.lists(st.integers(1, 200), max_size=60), st.integers(16, 500))
-def test_batches_hold_every_text_once_and_at_most_so_many_tokens(lengths: list[int], limit: int) -> None:
-    groups = plan_batches(lengths, limit)
+lengths_of_texts = st.lists(st.integers(1, 200), max_size=60)
+
+
+def padded_tokens(groups: list[list[int]], lengths: list[int]) -> int:
+    return sum(len(group) * max(lengths[place] for place in group) for group in groups)
+
+
+@given(lengths_of_texts, st.integers(16, 500))
+def test_forward_passes_hold_every_text_once_and_at_most_so_many_tokens(lengths: list[int], limit: int) -> None:
+    groups = plan_forwards(lengths, limit)
     assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
-    assert all(len(group) == 1 or len(group) * max(lengths[place] for place in group) <= limit for group in groups)
+    assert all(len(group) == 1 or padded_tokens([group], lengths) <= limit for group in groups)
+    assert groups == plan_forwards(lengths, limit)
+
+
+@given(lengths_of_texts, st.integers(16, 500))
+def test_forward_passes_go_from_the_shortest_texts_to_the_longest(lengths: list[int], limit: int) -> None:
+    order = [lengths[place] for group in plan_forwards(lengths, limit) for place in group]
+    assert order == sorted(order)
+
+
+@given(lengths_of_texts)
+def test_padding_and_passes_cost_no_more_than_in_one_pass_or_in_one_for_each_length(lengths: list[int]) -> None:
+    groups = plan_forwards(lengths, 1_000_000)
+    cost = padded_tokens(groups, lengths) + FORWARD_COST * len(groups)
+    assert cost <= len(lengths) * max(lengths, default=0) + FORWARD_COST
+    assert cost <= sum(lengths) + FORWARD_COST * len(set(lengths))
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=7))
+def test_no_other_plan_costs_less(lengths: list[int]) -> None:
+    ordered = sorted(lengths)
+    costs = []
+    for cuts in product((False, True), repeat=len(ordered) - 1):
+        groups = [[0]]
+        for place, cut in enumerate(cuts, start=1):
+            groups.append([place]) if cut else groups[-1].append(place)
+        costs.append(padded_tokens(groups, ordered) + FORWARD_COST * len(groups))
+    groups = plan_forwards(lengths, 1_000_000)
+    assert padded_tokens(groups, lengths) + FORWARD_COST * len(groups) == min(costs)
+
+
+def test_long_and_short_texts_do_not_meet_where_padding_costs_more_than_a_pass() -> None:
+    assert plan_forwards([100, 3, 90, 4, 100, 4], 10_000) == [[1, 3, 5], [2, 0, 4]]
+    assert plan_forwards([5, 9, 5, 9], 10_000) == [[0, 2, 1, 3]]
 
 
 # --- what is no model -------------------------------------------------------------------------------------------------

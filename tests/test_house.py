@@ -20,9 +20,11 @@ PACKAGE = ROOT / "pairdr"
 # A module imports only from rooms named before its own. A folder is one room: its files may share a contract.
 ROOMS = (
     *("errors", "records", "config", "formats", "artefact", "progress", "collection", "sources", "measures", "fusion"),
-    *("losses", "start", "encoder", "vectors", "indexes", "lexical", "teachers", "batches"),
+    *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
+    *("start", "encoder", "vectors", "indexes", "lexical", "teachers"),
+    *("batches", "objective", "tuning", "checkpoint", "watch", "loop"),
     *("check", "costs", "encode", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
-    *("table", "work", "steps", "pipeline", "commands", "cli", "__init__"),
+    *("table", "work", "makers", "steps", "pipeline", "commands", "cli", "__main__", "__init__"),
 )
 
 # None of these may load torch when it is imported.

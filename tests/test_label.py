@@ -323,9 +323,23 @@ def test_a_labelled_query_keeps_the_mined_negatives_below_s_neg(data: Collection
     (row,) = rows["labelled"]
     assert (row.query_id, row.positive_id, row.negative_ids) == ("t1", "p2", ("p5", "p8"))
     assert row.negative_scores == pytest.approx((0.05, 0.0))
-    assert math.isnan(row.positive_score)
+    assert row.positive_score == 0.5
     assert facts["counts"]["mined negatives kept"] == 2
     assert facts["counts"]["mined negatives the teacher rejects"] == 2
+
+
+def test_a_labelled_row_keeps_the_teachers_score_of_its_positive_where_there_is_one(
+    data: Collection, tmp_path: Path
+) -> None:
+    # Of the positives p0 and p1 of t0 only p1 is a candidate: nobody scored the other.
+    table = SURE | {("t0", "p1"): 0.75, ("t0", "p5"): 0.25, ("t1", "p2"): 0.625}
+    candidates = make_candidates({"t0": ["p5"], "t1": []}, t0=["p1", "p5", "p6"])
+    _, rows = label(data, candidates, TableTeacher(table), tmp_path / "x", s_neg=0.5)
+    first, second, third = (row.positive_score for row in rows["labelled"])
+    assert math.isnan(first)
+    assert (second, third) == (0.75, 0.625)
+    assert {row.negative_scores for row in rows["labelled"]} == {(0.25,), ()}
+    assert all(math.isnan(row.positive_score) for row in rows["plain"])
 
 
 def test_there_is_one_row_per_positive_and_each_knows_the_others(data: Collection, tmp_path: Path) -> None:

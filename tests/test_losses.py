@@ -31,6 +31,7 @@ GOLDEN_NEGATIVE = [[[1, -0.5]], [[-0.5, 0.5]]]
 GOLDEN_L_Q = 0.965296
 GOLDEN_L_P = {"official": 0.938769, "own": 0.481405, "hard_all": 0.667589, "hard_all_pos": 1.082019}
 GOLDEN_MIX = 0.962644
+GOLDEN_WITH_QUERIES = 1.096727  # L_Q with the other queries among its candidates
 
 
 def as_tensors(*values: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -93,8 +94,11 @@ def hard_scores(batch: Batch, anchor: np.ndarray, row: int, own_only: bool = Fal
     return scores
 
 
-def row_losses(batch: Batch, variant: str) -> list[float]:
-    """Return each row's loss: of L_Q for the variant "query", else of L_P."""
+def row_losses(batch: Batch, variant: str, margin: float | None = None, queries: bool = False) -> list[float]:
+    """Return each row's loss: of L_Q for the variant "query", else of L_P.
+
+    Candidates more similar than the positive by more than the margin are left out; `queries` adds them to those of L_Q.
+    """
     result = []
     for i in range(len(batch.query)):
         query, positive = batch.query[i], batch.positive[i]
@@ -104,6 +108,8 @@ def row_losses(batch: Batch, variant: str) -> list[float]:
                 continue
             if variant == "query" and not batch.same_positive[i, j]:
                 candidates.append(float(query @ batch.positive[j]) / batch.temperature)
+            if variant == "query" and queries and not batch.same_positive[i, j]:
+                candidates.append(float(query @ batch.query[j]) / batch.temperature)
             if variant == "official" and not batch.same_query[i, j]:
                 candidates.append(float(positive @ batch.query[j]) / batch.temperature)
             if variant == "hard_all_pos" and not batch.same_positive[i, j]:
@@ -111,6 +117,8 @@ def row_losses(batch: Batch, variant: str) -> list[float]:
         anchor = query if variant == "query" else positive
         candidates += hard_scores(batch, anchor, i, own_only=variant == "own")
         numerator = float(query @ positive) / batch.temperature
+        if margin is not None:
+            candidates = [score for score in candidates if score <= numerator + margin / batch.temperature]
         result.append(math.log(sum(math.exp(score - numerator) for score in [numerator, *candidates])))
     return result
 
@@ -152,11 +160,39 @@ def test_the_passage_centric_loss_equals_its_twin(variant: Any, data: st.DataObj
     assert found.item() == pytest.approx(expected, abs=1e-9)
 
 
+@given(batches())
+def test_with_other_queries_as_candidates_the_loss_equals_its_twin(batch: Batch) -> None:
+    expected = np.mean(row_losses(batch, "query", queries=True))
+    found = query_centric_loss(*batch.tensors(), query_negatives=True, **batch.options())
+    assert found.item() == pytest.approx(expected, abs=1e-9)
+
+
+def snap(vectors: np.ndarray) -> np.ndarray:
+    """Round to quarters: products are exact, and no candidate stands on the margin in one form and not in another."""
+    return np.round(vectors * 4) / 4
+
+
+@pytest.mark.parametrize("variant", ["query", *VARIANTS])
+@given(data=st.data(), margin=st.sampled_from([-0.53125, 0.03125, 0.53125]))
+def test_without_candidates_beyond_the_margin_the_losses_equal_their_twins(
+    variant: Any, data: st.DataObject, margin: float
+) -> None:
+    batch = data.draw(batches((1, 3) if variant in NEEDY else (0, 1, 3)))
+    batch = batch._replace(query=snap(batch.query), positive=snap(batch.positive), negative=snap(batch.negative))
+    loss = query_centric_loss if variant == "query" else partial(passage_centric_loss, passage_negatives=variant)
+    found = loss(*batch.tensors(), false_negative_margin=margin, **batch.options())
+    assert found.item() == pytest.approx(np.mean(row_losses(batch, variant, margin)), abs=1e-9)
+
+
 # --- the golden numbers -----------------------------------------------------------------------------------------------
 
 
 def test_the_query_centric_loss_has_its_golden_value() -> None:
     assert query_centric_loss(*golden()).item() == pytest.approx(GOLDEN_L_Q, abs=1e-6)
+
+
+def test_with_other_queries_as_candidates_the_loss_has_its_golden_value() -> None:
+    assert query_centric_loss(*golden(), query_negatives=True).item() == pytest.approx(GOLDEN_WITH_QUERIES, abs=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -219,6 +255,76 @@ def test_padding_gets_no_gradient() -> None:
     assert negative.grad is not None
     assert not negative.grad[:, 1].any()
     assert negative.grad[:, 0].all()
+
+
+# --- a share of the rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["query", *VARIANTS])
+@given(data=st.data(), margin=st.sampled_from([None, 0.3]), queries=st.booleans())
+def test_two_halves_of_the_rows_have_the_mean_and_the_gradient_of_the_whole(
+    variant: Any, data: st.DataObject, margin: float | None, queries: bool
+) -> None:
+    batch = data.draw(batches((1, 3) if variant in NEEDY else (0, 1, 3)).filter(lambda b: len(b.query) % 2 == 0))
+    extra = {"query_negatives": queries} if variant == "query" else {"passage_negatives": variant}
+    loss = query_centric_loss if variant == "query" else passage_centric_loss
+    options = batch.options() | extra | {"false_negative_margin": margin}
+    count = len(batch.query) // 2
+
+    def compute(rows: slice | None) -> tuple[float, list[Tensor]]:
+        vectors = [part.clone().requires_grad_() for part in batch.tensors()]
+        masks = options["masks"] if rows is None else Masks(*(mask[rows] for mask in options["masks"]))
+        found = loss(*vectors, **options | {"masks": masks, "rows": rows})
+        found.backward()
+        return found.item(), [part.grad for part in vectors]
+
+    (first, second), whole = (compute(slice(0, count)), compute(slice(count, 2 * count))), compute(None)
+    assert (first[0] + second[0]) / 2 == pytest.approx(whole[0], abs=1e-9)
+    for one, other, both in zip(first[1], second[1], whole[1], strict=True):
+        torch.testing.assert_close((one + other) / 2, both, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["query", *VARIANTS])
+def test_a_single_row_of_the_batch_has_its_own_loss(variant: Any) -> None:
+    loss = query_centric_loss if variant == "query" else partial(passage_centric_loss, passage_negatives=variant)
+    query, positive, negative = random_batch(4, 2)
+    masks = (mask.numpy() for mask in no_masks(4, 2))
+    twin = Batch(query.numpy(), positive.numpy(), negative.numpy(), np.ones((4, 2), bool), *masks, 1.0)
+    found = [loss(query, positive, negative, rows=slice(row, row + 1)).item() for row in range(4)]
+    assert found == pytest.approx(row_losses(twin, variant), abs=1e-9)
+
+
+# --- candidates that may be false negatives ---------------------------------------------------------------------------
+
+
+def test_the_margin_is_of_similarities_whatever_the_temperature() -> None:
+    query, positive = as_tensors([[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.0], [0.0, 0.5]])
+    (negative,) = as_tensors([[[0.7, 0.0]], [[0.0, 0.9]]])
+    for temperature in (1.0, 0.05):
+        options = {"temperature": temperature, "false_negative_margin": 0.3}
+        scores = torch.tensor([[0.5, 0.0, 0.7, 0.0], [0.0, 0.5, 0.0, -math.inf]]) / temperature  # 0.9 > 0.5 + 0.3
+        expected = F.cross_entropy(scores, torch.tensor([0, 1])).item()
+        assert query_centric_loss(query, positive, negative, **options).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_margin_never_leaves_out_the_numerator() -> None:
+    query, positive, negative = (vectors.requires_grad_() for vectors in random_batch())
+    parts = pair_loss(query, positive, negative, alpha=0.5, false_negative_margin=-1e6)
+    parts.loss.backward()
+    assert parts.loss.item() == 0.0
+    assert all(vectors.grad.isfinite().all() for vectors in (query, positive, negative))
+
+
+def test_both_relations_get_the_margin_and_only_one_the_queries() -> None:
+    batch = random_batch()
+    plain, near, asked = (
+        pair_loss(*batch, alpha=0.5, **options)
+        for options in ({}, {"false_negative_margin": 0.1}, {"query_negatives": True})
+    )
+    assert near.query_centric < plain.query_centric
+    assert near.passage_centric < plain.passage_centric
+    assert asked.query_centric > plain.query_centric
+    assert torch.equal(asked.passage_centric, plain.passage_centric)
 
 
 # --- alpha ------------------------------------------------------------------------------------------------------------

@@ -268,14 +268,14 @@ def test_a_killed_run_goes_on_where_it_was(finished: Finished, toy: Path, tmp_pa
     child = dedent("""
         import os, pickle, signal, sys
         from pathlib import Path
-        from pairdr import train
+        from pairdr import loop, train
         from pairdr.pipeline import run_pipeline
 
-        compute, train_stage = train.compute_loss, train.run_stage
+        train_stage = train.run_stage
 
         def die_in_the_second_stage(*parts):
             if parts[3].name == "query_centric":
-                train.compute_loss = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
+                loop.compute_loss = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
             return train_stage(*parts)
 
         train.run_stage = die_in_the_second_stage
@@ -485,13 +485,13 @@ def test_encoding_takes_no_more_tokens_at_a_time_than_it_is_told(
     toy_parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     padded: list[int] = []
-    forward = DualEncoder._forward
+    embed = DualEncoder.embed
 
-    def watch(self: DualEncoder, tokens: Any) -> Any:
+    def watch(self: DualEncoder, tokens: Any, *rest: Any) -> Any:
         padded.append(len(tokens) * max(len(text.input_ids) for text in tokens))
-        return forward(self, tokens)
+        return embed(self, tokens, *rest)
 
-    monkeypatch.setattr(DualEncoder, "_forward", watch)
+    monkeypatch.setattr(DualEncoder, "embed", watch)
     encode_corpus(toy_parts.collection, toy_parts.encoder, EncodeConfig(tokens_per_batch=300), tmp_path / "vectors")
     assert len(padded) > 10
     assert max(padded) <= 300

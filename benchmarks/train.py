@@ -1,0 +1,335 @@
+"""Training speed and loss, side by side with sentence-transformers' trainer, interleaved in one process.
+
+    PAIRDR_DATA=... python benchmarks/train.py speed DATA [--dropout 0.1] [--rounds 5] [--steps 20]
+    PAIRDR_DATA=... python benchmarks/train.py curves DATA [--steps 200]
+
+DATA: en_qa_mix (a folder below PAIRDR_DATA), python_docs (built from the installed packages), or words100 (the texts of
+en_qa_mix cut into passages of exactly 100 words).
+
+Both train all-MiniLM-L6-v2 whole, B = 32, one hard negative a row (another passage, seeded), passages cut at 128
+tokens, AdamW (fused), the same dropout. sentence-transformers: MultipleNegativesRankingLoss, its trainer, its
+no-duplicates sampler. The clock starts after two steps and covers everything from ids or texts to updated parameters.
+The share of the matrix-product peak counts 6 operations per weight of a linear layer and token, padding not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from pairdr.collection import Collection, open_collection
+from pairdr.config import ModelConfig, TrainConfig
+from pairdr.encoder import DualEncoder
+from pairdr.formats import Examples, write_examples
+from pairdr.loop import State, backward_batch, read_batches, update_parameters
+from pairdr.records import Example
+from pairdr.sources.python_docs import build_python_docs
+from pairdr.tuning import make_optimizer, prepare_model, seed_step
+from pairdr.watch import measure_peak
+
+SEED, BATCH, WARM = 13, 32, 2
+MODEL = ModelConfig(start="minilm", passage_length=128, query_length=32, device="cpu")
+CONFIG = TrainConfig(per_device_train_batch_size=BATCH, alpha=0.1, train_negatives=1, learning_rate=5e-5)
+
+
+def open_data(name: str, folder: Path) -> Collection:
+    """Open a data set by its name, making it in `folder` where it has to be made."""
+    if name == "python_docs":
+        build_python_docs(folder / "python_docs", train_queries=3000, pool_queries=0)
+        return open_collection(folder / "python_docs")
+    source = Path(os.environ["PAIRDR_DATA"]) / "en_qa_mix"
+    if name == "en_qa_mix":
+        return open_collection(source)
+    return open_collection(_cut_words(open_collection(source), folder / "words100"))
+
+
+def draw_examples(data: Collection, count: int, path: Path) -> Examples:
+    """Write seeded rows: a labelled question, its passage, and another passage as the hard negative."""
+    rng = random.Random(SEED)
+    qrels = data.qrels("train")
+    queries = rng.sample(sorted(qrels), min(count, len(qrels)))
+    places = range(len(data.passages))
+
+    def draw() -> Iterator[Example]:
+        for query_id in queries:
+            positive = min(qrels[query_id])
+            other = data.passages.id_of(rng.choice(places))
+            yield Example(query_id, positive, (other,), (positive,), "labelled", 0.0, (0.0,))
+
+    write_examples(path, draw())
+    return Examples.open(path)
+
+
+class Ours:
+    """pairdr's loop, without dev and log."""
+
+    def __init__(self, data: Collection, examples: Examples, alpha: float, config: TrainConfig) -> None:
+        self.data, self.alpha, self.config = data, alpha, config
+        self.encoder = DualEncoder.load(MODEL)
+        self.state = State(batch_size=BATCH)
+        self.batches = read_batches(examples, config, self.state)
+        self.optimizer = make_optimizer(self.encoder.model, config)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.tokens = self.padded = 0
+
+    def train(self, steps: int) -> float:
+        """Take some steps and return the seconds of all but the first two."""
+        with prepare_model(self.encoder, self.config) as model:
+            model.train()
+            for step in range(WARM + steps):
+                if step == WARM:
+                    begin, self.tokens, self.padded = time.perf_counter(), 0, 0
+                seed_step(SEED, step)
+                _, groups = backward_batch(
+                    self.data, self.encoder, next(self.batches), self.alpha, self.config, self.scaler
+                )
+                update_parameters(model, self.optimizer, self.scaler, 1e-7, self.config)
+                self.tokens += sum(map(sum, groups))
+                self.padded += sum(len(lengths) * max(lengths) for lengths in groups)
+        return time.perf_counter() - begin
+
+
+class Theirs:
+    """SentenceTransformerTrainer on the same rows."""
+
+    def __init__(self, data: Collection, examples: Examples, dropout: float) -> None:
+        self.model = DualEncoder.load(MODEL).model
+        self.model.max_seq_length = MODEL.passage_length
+        _set_dropout(self.model, dropout)
+        self.rows = [_texts(data, example) for example in examples]
+        self.loss = MultipleNegativesRankingLoss(self.model)
+        self.used = 0
+
+    def train(self, steps: int) -> float:
+        """Take some steps and return the seconds of all but the first two."""
+        count = (WARM + steps) * BATCH
+        rows = [self.rows[(self.used + at) % len(self.rows)] for at in range(count + BATCH)]
+        self.used += count
+        clock = Clock()
+        run_trainer(self.model, self.loss, rows, WARM + steps, 1e-7, clock, batch_sampler="no_duplicates")
+        return clock.ended - clock.began
+
+
+class Clock(TrainerCallback):
+    """Starts after the warm steps, stops with the last one."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        if state.global_step == WARM:
+            self.began = time.perf_counter()
+        self.ended = time.perf_counter()
+
+
+class InOrder(SentenceTransformerTrainer):
+    """Takes the rows as they come, and keeps every step's loss."""
+
+    losses: list[float]
+
+    def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **options: Any) -> Any:
+        """Return batches in the order of the rows."""
+        return _Sequential(len(dataset), batch_size)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """Return the loss, and remember it."""
+        found = super().compute_loss(*arguments, **options)
+        self.losses.append(float(found[0] if isinstance(found, tuple) else found))
+        return found
+
+
+class _Sequential(torch.utils.data.BatchSampler):
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.batch_size, self.drop_last = count, size, True
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(at, at + self.batch_size)) for at in range(0, len(self) * self.batch_size, self.batch_size))
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+
+def run_trainer(
+    model: Any,
+    loss: Any,
+    rows: list[tuple[str, str, str]],
+    steps: int,
+    rate: float,
+    *callbacks: TrainerCallback,
+    kind: Any = SentenceTransformerTrainer,
+    **options: Any,
+) -> Any:
+    """Run sentence-transformers' trainer over rows of (query, positive, negative)."""
+    columns = dict(zip(("query", "positive", "negative"), map(list, zip(*rows, strict=True)), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=rate,
+            weight_decay=CONFIG.weight_decay,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=SEED,
+            dataloader_pin_memory=False,
+            **options,
+        )
+        trainer = kind(
+            model=model, args=arguments, train_dataset=Dataset.from_dict(columns), loss=loss, callbacks=list(callbacks)
+        )
+        if kind is InOrder:
+            trainer.losses = []
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer
+
+
+def measure_speed(name: str, dropout: float, rounds: int, steps: int) -> None:
+    """Print seconds per step of all contenders, interleaved round by round."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = open_data(name, Path(folder))
+        examples = draw_examples(data, 100_000, Path(folder) / "examples.arrow")
+        config = replace(CONFIG, dropout=dropout)
+        contenders: dict[str, Any] = {
+            "sentence-transformers": Theirs(data, Examples(examples.table.slice(0, 8192)), dropout),
+            "pairdr, query-centric": Ours(data, examples, 0.0, config),
+            "pairdr, PAIR": Ours(data, examples, 0.1, config),
+            "pairdr, PAIR, GradCache": Ours(data, examples, 0.1, replace(config, grad_cache=True)),
+        }
+        seconds: dict[str, list[float]] = {title: [] for title in contenders}
+        peaks = []
+        for _ in range(rounds):
+            peaks.append(measure_peak(torch.device("cpu"), torch.float32))
+            for title, contender in contenders.items():
+                seconds[title].append(contender.train(steps) / steps)
+        ours = contenders["pairdr, query-centric"]
+        weights = sum(m.weight.numel() for m in ours.encoder.model.modules() if isinstance(m, torch.nn.Linear))
+        tokens, peak = ours.tokens / steps, statistics.median(peaks)
+        threads = torch.get_num_threads()
+        padding = 1 - ours.tokens / ours.padded
+        print(f"{name}, dropout {dropout}, B={BATCH}, {rounds} rounds of {steps} steps, {threads} threads")
+        print(f"{tokens:.0f} tokens a step, padding {padding:.3f}; peak of matrix products {peak / 1e9:.0f} GFLOP/s")
+        print(f"{'':26}{'s/step':>8}{'range':>16}{'ratio':>8}{'range':>16}{'tokens/s':>10}{'of peak':>9}")
+        rival = seconds["sentence-transformers"]
+        for title, found in seconds.items():
+            middle = statistics.median(found)
+            share = 6 * weights * tokens / middle / peak
+            ratios = [theirs / mine for theirs, mine in zip(rival, found, strict=True)]
+            print(
+                f"{title:26}{middle:8.2f}{min(found):9.2f}-{max(found):.2f}{statistics.median(ratios):10.2f}"
+                f"{min(ratios):11.2f}-{max(ratios):.2f}{tokens / middle:10.0f}{share:9.0%}"
+            )
+
+
+def compare_curves(name: str, steps: int) -> None:
+    """Print both losses over some steps at dropout 0, with the same rows in the same order."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = open_data(name, Path(folder))
+        examples = draw_examples(data, (steps + 8) * BATCH, Path(folder) / "examples.arrow")
+        config = replace(CONFIG, dropout=0.0, mask_false_negatives=False, warmup_steps=0.0)
+        encoder = DualEncoder.load(MODEL)
+        rival = DualEncoder.load(MODEL).model
+        rival.max_seq_length = MODEL.passage_length
+        _set_dropout(rival, 0.0)
+        batches = read_batches(examples, config, State(batch_size=BATCH))
+        rows: list[tuple[str, str, str]] = []
+        mine: list[float] = []
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        with prepare_model(encoder, config) as model:
+            optimizer = make_optimizer(model, config)
+            model.train()
+            for step in range(steps):
+                batch = next(batches)
+                found, _ = backward_batch(data, encoder, batch, 0.0, config, scaler)
+                update_parameters(model, optimizer, scaler, config.learning_rate * (1 - step / steps), config)
+                mine.append(found["loss"])
+                for at, query_id in enumerate(batch.query_ids):
+                    ids = batch.passage_ids[batch.positive[at]], batch.passage_ids[batch.negative[at, 0]]
+                    rows.append((data.query(query_id).text, *(data.passage(i).joined for i in ids)))
+        loss = MultipleNegativesRankingLoss(rival, scale=1 / encoder.temperature)
+        theirs = run_trainer(rival, loss, rows, steps, config.learning_rate, kind=InOrder).losses
+        print(f"{name}, dropout 0, learning rate {config.learning_rate}, {steps} steps: step, pairdr, rival, gap")
+        for at in [0, 1, 2, 4, 9, *range(19, steps, 20)]:
+            print(f"{at + 1:6}{mine[at]:12.6f}{theirs[at]:12.6f}{abs(mine[at] - theirs[at]):12.1e}")
+        gaps = [abs(one - other) for one, other in zip(mine, theirs, strict=True)]
+        print(f"largest gap {max(gaps):.1e}, mean {statistics.mean(gaps):.1e}; mean loss {statistics.mean(mine):.4f}")
+
+
+def _texts(data: Collection, example: Example) -> tuple[str, str, str]:
+    return (
+        data.query(example.query_id).text,
+        data.passage(example.positive_id).joined,
+        data.passage(example.negative_ids[0]).joined,
+    )
+
+
+def _set_dropout(model: torch.nn.Module, p: float) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+
+
+def _cut_words(data: Collection, folder: Path) -> Path:
+    """Write the texts of a data set as passages of exactly 100 words, with its training questions."""
+    import json
+
+    folder.mkdir()
+    words: list[str] = []
+    passages: list[str] = []
+    for row in range(len(data.passages)):
+        words += data.passage_at(row).joined.split()
+        while len(words) >= 100:
+            passages.append(" ".join(words[:100]))
+            del words[:100]
+    queries = sorted(data.qrels("train"))[: len(passages)]
+    (folder / "qrels").mkdir()
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"_id": f"p{n}", "title": "", "text": t}) + "\n" for n, t in enumerate(passages))
+    with (folder / "queries.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"_id": q, "text": data.query(q).text}) + "\n" for q in queries)
+    with (folder / "qrels" / "train.tsv").open("w", encoding="utf-8") as stream:
+        stream.write("query-id\tcorpus-id\tscore\n")
+        stream.writelines(f"{q}\tp{n}\t1\n" for n, q in enumerate(queries))
+    return folder
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "curves"))
+    parser.add_argument("data", choices=("en_qa_mix", "python_docs", "words100"))
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int)
+    options = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    if options.what == "speed":
+        measure_speed(options.data, options.dropout, options.rounds, options.steps or 20)
+    else:
+        compare_curves(options.data, options.steps or 200)
+
+
+if __name__ == "__main__":
+    main()
