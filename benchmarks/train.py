@@ -1,6 +1,6 @@
 """Training speed and loss, side by side with sentence-transformers' trainer, interleaved in one process.
 
-    PAIRDR_DATA=... python benchmarks/train.py speed DATA [--dropout 0.1] [--rounds 5] [--steps 20]
+    PAIRDR_DATA=... python benchmarks/train.py speed DATA [--dropout 0.1] [--rounds 5] [--steps 20] [--all]
     PAIRDR_DATA=... python benchmarks/train.py curves DATA [--steps 200]
 
 DATA: en_qa_mix (a folder below PAIRDR_DATA), python_docs (built from the installed packages), or words100 (the texts of
@@ -204,8 +204,8 @@ def run_trainer(
     return trainer
 
 
-def measure_speed(name: str, dropout: float, rounds: int, steps: int) -> None:
-    """Print seconds per step of all contenders, interleaved round by round."""
+def measure_speed(name: str, dropout: float, rounds: int, steps: int, everything: bool) -> None:
+    """Print seconds per step of all contenders, interleaved round by round; `everything` adds PAIR and GradCache."""
     with tempfile.TemporaryDirectory() as folder:
         data = open_data(name, Path(folder))
         examples = draw_examples(data, 100_000, Path(folder) / "examples.arrow")
@@ -213,9 +213,12 @@ def measure_speed(name: str, dropout: float, rounds: int, steps: int) -> None:
         contenders: dict[str, Any] = {
             "sentence-transformers": Theirs(data, Examples(examples.table.slice(0, 8192)), dropout),
             "pairdr, query-centric": Ours(data, examples, 0.0, config),
-            "pairdr, PAIR": Ours(data, examples, 0.1, config),
-            "pairdr, PAIR, GradCache": Ours(data, examples, 0.1, replace(config, grad_cache=True)),
         }
+        if everything:
+            contenders |= {
+                "pairdr, PAIR": Ours(data, examples, 0.1, config),
+                "pairdr, PAIR, GradCache": Ours(data, examples, 0.1, replace(config, grad_cache=True)),
+            }
         seconds: dict[str, list[float]] = {title: [] for title in contenders}
         peaks = []
         for _ in range(rounds):
@@ -321,12 +324,13 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     if options.what == "speed":
-        measure_speed(options.data, options.dropout, options.rounds, options.steps or 20)
+        measure_speed(options.data, options.dropout, options.rounds, options.steps or 20, options.all)
     else:
         compare_curves(options.data, options.steps or 200)
 
