@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SIZES = ((False, 32), (False, 128), (True, 32), (True, 128), (True, 512), (True, 2048))
+SIZES = ((False, 32), (False, 128), (True, 32), (True, 128), (True, 512), (True, 1024))
 WORDS = "a the of light river stone paper window garden signal number market letter engine"
 
 

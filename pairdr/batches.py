@@ -23,6 +23,9 @@ from pairdr.records import Example
 WINDOW = 1024
 """Rows whose ids are read at a time."""
 
+Waiting = tuple[int, list[str]]
+"""A row, and the ids that no other row of its batch may have: its query's and its known positives'."""
+
 
 class Batch(NamedTuple):
     """One rank's rows of a joint batch, by id; the trainer looks the texts up and embeds each once.
@@ -51,7 +54,7 @@ class Batch(NamedTuple):
 
 
 def plan_epoch(examples: Examples, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Yield rows of `batch_size` in a seeded order; no two rows of a batch share a query or a positive.
+    """Yield rows of `batch_size` in a seeded order; no two rows of a batch share a query or a known positive.
 
     A row that would clash waits, in the line of the id that it clashed on, and the heads of the lines come first in
     the next batch. A batch looks at no more lines than four times its size, so an epoch costs time linear in its rows.
@@ -63,14 +66,14 @@ def plan_epoch(examples: Examples, batch_size: int, seed: int, epoch: int) -> It
         seed: decides the order.
         epoch: so does the pass.
     """
-    lines: dict[str, deque[tuple[int, str, str]]] = {}  # the id waited for: its rows; the longest wait first
+    lines: dict[str, deque[Waiting]] = {}  # the id waited for: its rows; the longest wait first
     stream = _read_keys(examples, f"{seed}/{epoch}")
     while True:
         batch: list[int] = []
         taken: set[str] = set()
 
-        def admit(row: tuple[int, str, str], batch: list[int] = batch, taken: set[str] = taken) -> None:
-            place, *keys = row
+        def admit(row: Waiting, batch: list[int] = batch, taken: set[str] = taken) -> None:
+            place, keys = row
             clash = next((key for key in keys if key in taken), None)
             if clash is None:
                 batch.append(place)
@@ -189,8 +192,8 @@ def make_masks(
     return Masks(candidate[:, :, 0], candidate[:, :, 1:], query)
 
 
-def _read_keys(examples: Examples, seed: str) -> Iterator[tuple[int, str, str]]:
-    """Yield (row, its query, its positive) in a seeded order; the two kinds of id cannot be taken for each other."""
+def _read_keys(examples: Examples, seed: str) -> Iterator[Waiting]:
+    """Yield rows in a seeded order; a query's id cannot be taken for a passage's."""
     for window in permute(len(examples), seed):
-        for row, (query_id, positive_id) in zip(window.tolist(), examples.keys(window), strict=True):
-            yield row, f"q{query_id}", f"p{positive_id}"
+        for row, (query_id, positives) in zip(window.tolist(), examples.keys(window), strict=True):
+            yield row, [f"q{query_id}", *(f"p{passage_id}" for passage_id in sorted(positives))]

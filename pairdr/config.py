@@ -211,6 +211,9 @@ class TrainConfig(Options):
     )
     bf16: bool = option(False, "Autocast to bfloat16; logits and losses stay fp32.")
     fp16: bool = option(False, "Autocast to float16 with a scaled loss, on a GPU.")
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = option(
+        "auto", "transformers' attention in training; auto keeps the model's."
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
     lora_rank: int | None = option(None, "Train low-rank additions (LoRA) of this rank, merged at the end.", low=1)
     save_steps: int = option(500, "Steps between two checkpoints.", low=1)

@@ -280,10 +280,11 @@ class Examples:
     def __iter__(self) -> Iterator[Example]:
         return (self[row] for row in range(len(self)))
 
-    def keys(self, rows: npt.NDArray[np.int64]) -> list[tuple[str, str]]:
-        """Return (query id, positive id) of some rows; nothing else is read."""
-        taken = self.table.select(["query_id", "positive_id"]).take(pa.array(rows))
-        return list(zip(*(column.to_pylist() for column in taken.columns), strict=True))
+    def keys(self, rows: npt.NDArray[np.int64]) -> list[tuple[str, set[str]]]:
+        """Return (query id, every known positive's id) of some rows; nothing else is read."""
+        columns = self.table.select(["query_id", "positive_id", "known_positive_ids"]).take(pa.array(rows)).columns
+        queries, positives, known = (column.to_pylist() for column in columns)
+        return [(query, {positive, *more}) for query, positive, more in zip(queries, positives, known, strict=True)]
 
 
 def _group(lines: Iterable[tuple[int, str, str, int]]) -> Qrels:

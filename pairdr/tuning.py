@@ -84,8 +84,8 @@ def densify_gradients(model: nn.Module) -> None:
 def prepare_model(encoder: DualEncoder, config: TrainConfig) -> Iterator[nn.Module]:
     """Make an encoder ready for training while the block runs; yield the module whose parameters are trained.
 
-    Dropout, sparse gradients of embedding tables (CPU), gradient checkpointing, LoRA. Afterwards the
-    model is a plain one again, with LoRA's matrices merged into its weights.
+    Dropout, sparse gradients of embedding tables (CPU), attention, gradient checkpointing, LoRA. Afterwards the model
+    is a plain one again, with LoRA's matrices merged into its weights.
     """
     with ExitStack() as stack:
         transformers: list[Any] = [m for m in encoder.model.modules() if isinstance(m, Transformer)]
@@ -94,6 +94,9 @@ def prepare_model(encoder: DualEncoder, config: TrainConfig) -> Iterator[nn.Modu
             if config.lora_rank is not None:
                 transformer.model = _add_lora(body, config.lora_rank, config.seed)
                 stack.callback(_merge_lora, transformer)
+            if config.attn_implementation != "auto":
+                stack.callback(_set_attention, body, body.config._attn_implementation)
+                _set_attention(body, config.attn_implementation)
             if config.gradient_checkpointing:
                 try:
                     body.activation_checkpointing_enable()
@@ -107,6 +110,13 @@ def prepare_model(encoder: DualEncoder, config: TrainConfig) -> Iterator[nn.Modu
                     stack.callback(setattr, module, "sparse", False)
         stack.enter_context(use_dropout(encoder.model, config.dropout))
         yield encoder.model
+
+
+def _set_attention(body: Any, name: str) -> None:
+    try:
+        body.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"attn_implementation {name}: {error}") from error
 
 
 def _add_lora(body: nn.Module, rank: int, seed: int) -> nn.Module:

@@ -65,6 +65,16 @@ def test_all_rows_that_fill_batches_are_used() -> None:
     assert sorted(row for batch in batches for row in batch) == list(range(12))
 
 
+def test_no_row_brings_the_known_positive_of_another_row_of_its_batch() -> None:
+    rows = [make_row(f"q{at}", f"p{at}", known=[f"p{(at + 1) % 12}"]) for at in range(12)]
+    examples = Examples(pa.Table.from_pylist([vars(row) for row in rows], EXAMPLE_SCHEMA))
+    batches = list(plan_epoch(examples, 3, 13, 0))
+    assert batches
+    for batch in batches:
+        known = [passage_id for row in batch for passage_id in rows[row].known_positive_ids]
+        assert len(known) == len(set(known))
+
+
 def test_a_last_short_batch_is_dropped() -> None:
     batches = list(plan_epoch(make_distinct(14), 4, 13, 0))
     assert [len(batch) for batch in batches] == [4, 4, 4]
@@ -99,7 +109,7 @@ class CountingExamples(Examples):
     read = 0
     most = 0
 
-    def keys(self, rows: Any) -> list[tuple[str, str]]:
+    def keys(self, rows: Any) -> list[tuple[str, set[str]]]:
         self.read += len(rows)
         self.most = max(self.most, len(rows))
         return super().keys(rows)
@@ -130,7 +140,9 @@ def test_an_epoch_reads_each_row_once_and_looks_at_a_bounded_number_of_waiting_r
     monkeypatch.setattr(batches, "deque", CountingLine)
     count = 20_000
     pairs = [ADVERSARIES[case](row) for row in range(count)]
-    columns = {"query_id": [query for query, _ in pairs], "positive_id": [positive for _, positive in pairs]}
+    queries, positives = ([pair[side] for pair in pairs] for side in (0, 1))
+    known = [[positive] for positive in positives]
+    columns = {"query_id": queries, "positive_id": positives, "known_positive_ids": known}
     examples = CountingExamples(pa.table(columns))
     found = sum(1 for _ in plan_epoch(examples, size, 13, 0))
     assert found > 0 or case.startswith("all") or size > 7

@@ -151,6 +151,7 @@ READY = {
     "plain": {},
     "dropout": {"dropout": 0.4},
     "gradient_checkpointing": {"gradient_checkpointing": True},
+    "attention": {"attn_implementation": "eager"},
     "lora": {"lora_rank": 2},
     "both": {"lora_rank": 2, "gradient_checkpointing": True, "dropout": 0.0},
 }
@@ -187,6 +188,27 @@ def test_a_model_that_cannot_recompute_is_refused(encoder: DualEncoder, monkeypa
     with (
         pytest.raises(UsageError, match="gradient_checkpointing: BertModel does not support"),
         prepare_model(encoder, make_config(gradient_checkpointing=True)),
+    ):
+        pass
+
+
+def test_attention_is_the_one_that_was_asked_for(encoder: DualEncoder) -> None:
+    tokens = encoder.tokenize_queries(["which river"])
+    config = encoder.model[0].model.config
+    before = config._attn_implementation
+    found = {}
+    for name in ("eager", "sdpa"):
+        with prepare_model(encoder, make_config(attn_implementation=name, dropout=0.0)):
+            assert (config._attn_implementation == "eager") == (name == "eager")
+            found[name] = encoder.embed(tokens).detach()
+        assert config._attn_implementation == before
+    assert torch.allclose(found["eager"], found["sdpa"], atol=1e-6)
+
+
+def test_attention_that_is_not_installed_is_refused(encoder: DualEncoder) -> None:
+    with (
+        pytest.raises(UsageError, match="attn_implementation flash_attention_2: "),
+        prepare_model(encoder, make_config(attn_implementation="flash_attention_2")),
     ):
         pass
 
