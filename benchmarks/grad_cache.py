@@ -48,7 +48,7 @@ def take_step(cached: bool, rows: int) -> tuple[float, float]:
             batch = next(read_batches(Examples.open(folder / "examples.arrow"), config, State(batch_size=rows)))
             before, begin = _read_memory("VmRSS"), time.perf_counter()
             backward_batch(data, encoder, batch, 0.1, config, scaler)
-            update_parameters(model, optimizer, scaler, 1e-7, config)
+            update_parameters(model, optimizer, scaler, 1e-7, config, 1)
             return _read_memory("VmHWM") - before, time.perf_counter() - begin
 
 

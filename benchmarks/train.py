@@ -6,10 +6,11 @@
 DATA: en_qa_mix (a folder below PAIRDR_DATA), python_docs (built from the installed packages), or words100 (the texts of
 en_qa_mix cut into passages of exactly 100 words).
 
-Both train all-MiniLM-L6-v2 whole, B = 32, one hard negative a row (another passage, seeded), passages cut at 128
+Both train all-MiniLM-L6-v2 whole, B = 32, one hard negative a row (another passage, seeded), texts cut at 128
 tokens, AdamW (fused), the same dropout. sentence-transformers: MultipleNegativesRankingLoss, its trainer, its
 no-duplicates sampler. The clock starts after two steps and covers everything from ids or texts to updated parameters.
-The share of the matrix-product peak counts 6 operations per weight of a linear layer and token, padding not counted.
+Ratios are of tokens per second, padding not counted. The share of the peak of matrix products counts 6 operations per
+weight of a linear layer and token.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from pairdr.tuning import make_optimizer, prepare_model, seed_step
 from pairdr.watch import measure_peak
 
 SEED, BATCH, WARM = 13, 32, 2
-MODEL = ModelConfig(start="minilm", passage_length=128, query_length=32, device="cpu")
+MODEL = ModelConfig(start="minilm", passage_length=128, query_length=128, device="cpu")
 CONFIG = TrainConfig(per_device_train_batch_size=BATCH, alpha=0.1, train_negatives=1, learning_rate=5e-5)
 
 
@@ -99,7 +100,7 @@ class Ours:
                 _, groups = backward_batch(
                     self.data, self.encoder, next(self.batches), self.alpha, self.config, self.scaler
                 )
-                update_parameters(model, self.optimizer, self.scaler, 1e-7, self.config)
+                update_parameters(model, self.optimizer, self.scaler, 1e-7, self.config, step + 1)
                 self.tokens += sum(map(sum, groups))
                 self.padded += sum(len(lengths) * max(lengths) for lengths in groups)
         return time.perf_counter() - begin
@@ -109,12 +110,13 @@ class Theirs:
     """SentenceTransformerTrainer on the same rows."""
 
     def __init__(self, data: Collection, examples: Examples, dropout: float) -> None:
-        self.model = DualEncoder.load(MODEL).model
+        self.encoder = DualEncoder.load(MODEL)
+        self.model = self.encoder.model
         self.model.max_seq_length = MODEL.passage_length
         _set_dropout(self.model, dropout)
         self.rows = [_texts(data, example) for example in examples]
         self.loss = MultipleNegativesRankingLoss(self.model)
-        self.used = 0
+        self.used = self.tokens = 0
 
     def train(self, steps: int) -> float:
         """Take some steps and return the seconds of all but the first two."""
@@ -123,6 +125,8 @@ class Theirs:
         self.used += count
         clock = Clock()
         run_trainer(self.model, self.loss, rows, WARM + steps, 1e-7, clock, batch_sampler="no_duplicates")
+        texts = [text for row in rows[WARM * BATCH : count] for text in row]
+        self.tokens = sum(len(text.input_ids) for text in self.encoder.tokenize_queries(texts))
         return clock.ended - clock.began
 
 
@@ -220,27 +224,30 @@ def measure_speed(name: str, dropout: float, rounds: int, steps: int, everything
                 "pairdr, PAIR, GradCache": Ours(data, examples, 0.1, replace(config, grad_cache=True)),
             }
         seconds: dict[str, list[float]] = {title: [] for title in contenders}
+        speeds: dict[str, list[float]] = {title: [] for title in contenders}  # tokens/s
         peaks = []
         for _ in range(rounds):
-            peaks.append(measure_peak(torch.device("cpu"), torch.float32))
+            peaks.append(measure_peak.__wrapped__(torch.device("cpu"), torch.float32))
             for title, contender in contenders.items():
                 seconds[title].append(contender.train(steps) / steps)
+                speeds[title].append(contender.tokens / steps / seconds[title][-1])
         ours = contenders["pairdr, query-centric"]
         weights = sum(m.weight.numel() for m in ours.encoder.model.modules() if isinstance(m, torch.nn.Linear))
-        tokens, peak = ours.tokens / steps, statistics.median(peaks)
+        peak = statistics.median(peaks)
         threads = torch.get_num_threads()
         padding = 1 - ours.tokens / ours.padded
         print(f"{name}, dropout {dropout}, B={BATCH}, {rounds} rounds of {steps} steps, {threads} threads")
-        print(f"{tokens:.0f} tokens a step, padding {padding:.3f}; peak of matrix products {peak / 1e9:.0f} GFLOP/s")
+        count, rate = ours.tokens / steps, peak / 1e9
+        print(f"{count:.0f} tokens a step, padding {padding:.3f}; peak of matrix products {rate:.0f} GFLOP/s")
         print(f"{'':26}{'s/step':>8}{'range':>16}{'ratio':>8}{'range':>16}{'tokens/s':>10}{'of peak':>9}")
-        rival = seconds["sentence-transformers"]
+        rival = speeds["sentence-transformers"]
         for title, found in seconds.items():
-            middle = statistics.median(found)
-            share = 6 * weights * tokens / middle / peak
-            ratios = [theirs / mine for theirs, mine in zip(rival, found, strict=True)]
+            speed = statistics.median(speeds[title])
+            ratios = [mine / theirs for mine, theirs in zip(speeds[title], rival, strict=True)]
             print(
-                f"{title:26}{middle:8.2f}{min(found):9.2f}-{max(found):.2f}{statistics.median(ratios):10.2f}"
-                f"{min(ratios):11.2f}-{max(ratios):.2f}{tokens / middle:10.0f}{share:9.0%}"
+                f"{title:26}{statistics.median(found):8.2f}{min(found):9.2f}-{max(found):.2f}"
+                f"{statistics.median(ratios):10.2f}{min(ratios):11.2f}-{max(ratios):.2f}"
+                f"{speed:10.0f}{6 * weights * speed / peak:9.0%}"
             )
 
 
@@ -264,7 +271,7 @@ def compare_curves(name: str, steps: int) -> None:
             for step in range(steps):
                 batch = next(batches)
                 found, _ = backward_batch(data, encoder, batch, 0.0, config, scaler)
-                update_parameters(model, optimizer, scaler, config.learning_rate * (1 - step / steps), config)
+                update_parameters(model, optimizer, scaler, config.learning_rate * (1 - step / steps), config, step + 1)
                 mine.append(found["loss"])
                 for at, query_id in enumerate(batch.query_ids):
                     ids = batch.passage_ids[batch.positive[at]], batch.passage_ids[batch.negative[at, 0]]

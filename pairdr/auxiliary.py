@@ -38,21 +38,21 @@ def passage_to_query_loss(query: Tensor, positive: Tensor, **options: Any) -> Te
 
 
 def listwise_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Ask that the student's distribution over a query's passages be the teacher's: KL(teacher || student) T^2.
+    """Ask that the student's distribution over a query's passages be the teacher's: KL(teacher || student).
 
     Args:
         student: [b, 1 + K], logits of the positive and the hard negatives.
         teacher: [b, 1 + K], the teacher's scores; NaN where it gave none. Rows with fewer than two are left out.
-        temperature: T, softens both sides.
+        temperature: divides the teacher's scores, whose scale is its own; below 1 it sharpens.
 
     Returns:
         The mean over the rows that count, of all ranks; 0 where none does.
     """
     known, rows = _find_scored(student, teacher)
     target = F.log_softmax((teacher / temperature).masked_fill(~known, -torch.inf)[rows], 1)
-    found = F.log_softmax((student / temperature).masked_fill(~known, -torch.inf)[rows], 1)
+    found = F.log_softmax(student.masked_fill(~known, -torch.inf)[rows], 1)
     terms = torch.where(known[rows], target.exp() * (target - found), 0.0)
-    return terms.sum() / average_count(rows.sum()) * temperature**2
+    return terms.sum() / average_count(rows.sum())
 
 
 def margin_mse_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +65,8 @@ def plan_epoch(examples: Examples, batch_size: int, seed: int, epoch: int) -> It
         seed: decides the order.
         epoch: so does the pass.
     """
-    lines: dict[str, deque[Waiting]] = {}  # the id waited for: its rows; the longest wait first
+    lines: dict[str, deque[Waiting]] = {}  # the id that is waited for: its rows
+    turns: deque[str] = deque()  # the ids of the lines, the longest wait first
     stream = _read_keys(examples, f"{seed}/{epoch}")
     while True:
         batch: list[int] = []
@@ -79,15 +79,20 @@ def plan_epoch(examples: Examples, batch_size: int, seed: int, epoch: int) -> It
                 batch.append(place)
                 taken.update(keys)
             else:
-                lines.setdefault(clash, deque()).append(row)
+                if clash not in lines:
+                    lines[clash] = deque()
+                    turns.append(clash)
+                lines[clash].append(row)
 
-        for key in list(islice(lines, 4 * batch_size)):
+        for _ in range(min(4 * batch_size, len(turns))):
             if len(batch) == batch_size:
                 break
-            line = lines.pop(key)
-            row = line.popleft()
-            if line:
-                lines[key] = line
+            key = turns.popleft()
+            row = lines[key].popleft()
+            if lines[key]:
+                turns.append(key)
+            else:
+                del lines[key]
             admit(row)
         while len(batch) < batch_size and (head := next(stream, None)) is not None:
             admit(head)

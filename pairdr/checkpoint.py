@@ -94,10 +94,12 @@ class Checkpoints:
             return state
         return None
 
-    def load_model(self, step: int, model: nn.Module) -> None:
-        """Load the parameters of one checkpoint, of which every byte is checked."""
-        verify_artefact(self._place(step))
+    def load_model(self, step: int, model: nn.Module) -> bool:
+        """Load the parameters of one checkpoint if every byte is right; else say so, and return False."""
+        if not self._fits(self._place(step), warn=True):
+            return False
         load_model(model, str(self._place(step) / MODEL))
+        return True
 
     def remove(self) -> None:
         """Delete all checkpoints: the stage is done."""
@@ -119,7 +121,11 @@ class Checkpoints:
             if warn:
                 say(f"pairdr: {error.path}: {error.what} The checkpoint before it is used, if there is one.")
             return False
-        return manifest.options == self.options and manifest.inputs == self.inputs
+        wanted, found = ({"inputs": self.inputs} | self.options, {"inputs": manifest.inputs} | manifest.options)
+        other = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        if other and warn:
+            say(f"pairdr: {place}: made with other {', '.join(other)}; it is not used, and the next one replaces it.")
+        return not other
 
 
 @contextmanager

@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and end with its exit code: 0, 1 for a failure, 2 for wrong usage."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and tokens[:1] != ["train"]:
+            raise UsageError("Only `pairdr train` runs in several processes.", remedy="Start it without torchrun.")
         app.config = _read_config(tokens)
         outcome = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except PairdrError as error:

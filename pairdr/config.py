@@ -202,7 +202,7 @@ class TrainConfig(Options):
     )
     distillation: Literal["none", "listwise", "margin_mse"] = option("none", "Learn from the teacher's scores too.")
     distillation_weight: float = option(1.0, "Weight of the distillation loss.", low=0)
-    distillation_temperature: float = option(1.0, "Softens both distributions of listwise distillation.", low=1e-3)
+    distillation_temperature: float = option(1.0, "Divides the teacher's scores, listwise; below 1 sharpens.", low=1e-3)
     matryoshka_dims: tuple[int, ...] = option((), "Train the first so many dimensions as vectors of their own too.")
     cross_batch_negatives: bool = option(True, "Under torchrun, the other ranks' rows are candidates too.")
     grad_cache: bool = option(False, "Hold the graph of one forward pass at a time: any batch in little memory.")
@@ -230,6 +230,10 @@ class TrainConfig(Options):
     def __post_init__(self) -> None:
         """Check ranges, and that a loss over hard negatives gets some."""
         super().__post_init__()
+        if self.distillation != "none" and self.train_negatives == 0:
+            raise UsageError(f"Option distillation is {self.distillation!r}, which needs train_negatives above 0.")
+        if self.attn_implementation == "flash_attention_2" and not (self.bf16 or self.fp16):
+            raise UsageError("Option attn_implementation is 'flash_attention_2', which needs bf16 or fp16.")
         if self.bf16 and self.fp16:
             raise UsageError("Options bf16 and fp16 exclude each other.")
         if self.passage_negatives in ("own", "hard_all") and self.train_negatives == 0:

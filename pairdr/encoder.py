@@ -30,8 +30,8 @@ from pairdr.records import Passage
 from pairdr.sources.minilm import find_minilm
 from pairdr.start import Contract, load_start
 
-FORWARD_COST = 64
-"""What one more forward pass costs, in padded tokens: its calls, and matrix products that are too small."""
+FORWARD_COST = {"cpu": 64, "cuda": 4096}
+"""What a forward pass costs in padded tokens: its calls, and products that are too small. The GPU's is a guess."""
 
 Side = Literal["query", "passage"]
 
@@ -190,7 +190,7 @@ class DualEncoder:
         """Return [n, D] fp32 vectors without a graph. The batch plan is a function of the texts alone."""
         self.model.eval()
         vectors = np.empty((len(tokens), self.contract.dimensions), dtype=np.float32)
-        for group in plan_forwards([len(t.input_ids) for t in tokens], tokens_per_batch):
+        for group in plan_forwards([len(t.input_ids) for t in tokens], tokens_per_batch, self.model.device.type):
             vectors[group] = self.embed([tokens[i] for i in group], side).float().cpu().numpy()
         return vectors
 
@@ -213,12 +213,13 @@ class DualEncoder:
         return [Tokens(*pair) for pair in zip(coded["input_ids"], types, strict=True)]
 
 
-def plan_forwards(lengths: Sequence[int], tokens_per_forward: int) -> list[list[int]]:
+def plan_forwards(lengths: Sequence[int], tokens_per_forward: int, device: str = "cpu") -> list[list[int]]:
     """Group texts by length into forward passes, so that padding and the number of passes cost least together.
 
     Args:
         lengths: tokens of each text.
         tokens_per_forward: the most padded tokens of one pass; a single longer text may exceed it.
+        device: its kind says what a pass costs.
 
     Returns:
         Places in `lengths`, shortest texts first. A function of its arguments alone.
@@ -233,7 +234,7 @@ def plan_forwards(lengths: Sequence[int], tokens_per_forward: int) -> list[list[
         count, best = 0, (-1, 0)
         for begin in range(end - 1, -1, -1):
             count += len(places[widths[begin]])
-            cost = cheapest[begin][0] + count * width + FORWARD_COST
+            cost = cheapest[begin][0] + count * width + FORWARD_COST.get(device, 64)
             if best[0] < 0 or cost < best[0]:
                 best = (cost, begin)
         cheapest.append(best)

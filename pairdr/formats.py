@@ -10,7 +10,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,14 @@ class Examples:
 
     def __iter__(self) -> Iterator[Example]:
         return (self[row] for row in range(len(self)))
+
+    def take(self, rows: Sequence[int]) -> list[Example]:
+        """Return some rows, read at once."""
+        found: list[Example] = []
+        for row in self.table.take(pa.array(rows, pa.int64())).to_pylist():
+            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}
+            found.append(Example(**values))
+        return found
 
     def keys(self, rows: npt.NDArray[np.int64]) -> list[tuple[str, set[str]]]:
         """Return (query id, every known positive's id) of some rows; nothing else is read."""

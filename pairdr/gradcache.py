@@ -8,13 +8,10 @@ dropout, and push that gradient through. Exact for any loss that sees the encode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
@@ -37,15 +34,17 @@ def backward_cached(
     """
     states, parts = [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for chunk in chunks[:-1]:
             states.append(save_random_state())
             parts.append(embed(chunk))
-    vectors = torch.cat(parts).requires_grad_()  # [N, D], a leaf
+    last = embed(chunks[-1])  # the graph that is held meanwhile: this chunk needs no second pass
+    vectors = torch.cat([*parts, last.detach()]).requires_grad_()  # [N, D], a leaf
     result = backward(vectors)
     after = save_random_state()
     assert vectors.grad is not None
-    gradients: Iterator[Tensor] = iter(vectors.grad.split([len(part) for part in parts]))
-    for chunk, state, gradient in zip(chunks, states, gradients, strict=True):
+    *gradients, of_last = vectors.grad.split([len(part) for part in (*parts, last)])
+    torch.autograd.backward(last, of_last)
+    for chunk, state, gradient in zip(chunks[:-1], states, gradients, strict=True):
         restore_random_state(state)
         torch.autograd.backward(embed(chunk), gradient)
     restore_random_state(after)

@@ -20,7 +20,7 @@ from pairdr.checkpoint import Checkpoints, catch_termination
 from pairdr.collection import Collection
 from pairdr.config import StageConfig, TrainConfig
 from pairdr.encoder import DualEncoder, Side, plan_forwards
-from pairdr.errors import DataError, StoppedError
+from pairdr.errors import DataError, PairdrError, StoppedError, UsageError
 from pairdr.formats import Examples
 from pairdr.gradcache import backward_cached
 from pairdr.objective import compute_loss
@@ -83,7 +83,7 @@ def run_stage(
         if state is None:
             state = State(batch_size=config.per_device_train_batch_size * count_ranks())
             sample = {"dev_queries": len(dev.queries), "dev_passages": len(dev.passages)}
-            state.log.append({"step": 0, "stage": stage.name, **sample, DEV: dev.measure(encoder)})
+            state.log.append({"step": 0, "stage": stage.name, **sample, DEV: _measure_dev(dev, encoder, config)})
         means = Means(state.means)
         towers = 1 if encoder.contract.towers == "tied" else 2
         meter = Meter(model, measure_peak(device, autocast_type(config) or torch.float32), towers)
@@ -98,13 +98,13 @@ def run_stage(
                     means.add(**found)
                     meter.add(groups)
                 rate = config.learning_rate * schedule_rate(step - 1, steps, config)
-                update_parameters(model, optimizer, scaler, rate, config)
+                update_parameters(model, optimizer, scaler, rate, config, step)
                 state.step = step
                 looks = step % config.eval_steps == 0 or step == steps
                 if looks or step % config.logging_steps == 0:
                     line = {"step": step, "stage": stage.name, "learning_rate": rate, **means.flush(), **meter.flush()}
                     if looks:
-                        line[DEV] = take_from_first(dev.measure(encoder), device)
+                        line[DEV] = _measure_dev(dev, encoder, config)
                     _write_line(line, state, track)
                     advance(0, note=_note(line))
                     meter.flush()
@@ -119,9 +119,9 @@ def run_stage(
                         f"Stopped after step {step} of {steps} of stage {stage.name}.",
                         remedy="The same command goes on from there." if checkpoints is not None else None,
                     )
-        if checkpoints is not None and state.best_step not in (0, steps):
-            checkpoints.load_model(state.best_step, model)
-            state.log.append({"step": state.best_step, "stage": stage.name, DEV: state.best_dev, "chosen": True})
+        _choose_best(checkpoints, model, state, steps)
+    if stopped.is_set():  # it came after the last step
+        raise StoppedError(f"Stopped at the end of stage {stage.name}.", remedy="The same command goes on from there.")
     return state.log
 
 
@@ -151,7 +151,7 @@ def backward_batch(
     groups = [
         (side, [texts[place] for place in group])
         for side, texts in sides
-        for group in plan_forwards([lengths[text] for text in texts], budget)
+        for group in plan_forwards([lengths[text] for text in texts], budget, device.type)
     ]
     place = torch.tensor([text for _, group in groups for text in group]).argsort().to(device)
     kind = autocast_type(config)
@@ -183,13 +183,23 @@ def update_parameters(
     scaler: torch.amp.GradScaler,
     rate: float,
     config: TrainConfig,
+    step: int,
 ) -> None:
-    """Take one optimizer step with the gradients of all ranks, clipped, and forget them."""
+    """Take one optimizer step with the gradients of all ranks, clipped, and forget them.
+
+    Raises:
+        PairdrError: a gradient is no number, on whichever rank; a scaled one may overflow, and the step is left out.
+    """
     densify_gradients(model)
     average_gradients(model.parameters())
     scaler.unscale_(optimizer)
-    if config.max_grad_norm > 0:
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
+    if not scaler.is_enabled() and not math.isfinite(norm):
+        raise PairdrError(
+            f"The gradient is {norm} at step {step}.",
+            remedy="Lower learning_rate, or check the start model; nothing was overwritten.",
+        )
     set_rate(optimizer, rate)
     scaler.step(optimizer)
     scaler.update()
@@ -216,7 +226,7 @@ def read_batches(examples: Examples, config: TrainConfig, state: State) -> Itera
             if not config.cross_batch_negatives:
                 rows, share = rows[share], slice(0, own)
             yield collate(
-                [examples[row] for row in rows],
+                examples.take(rows),
                 config.train_negatives,
                 mask=config.mask_false_negatives,
                 rng=rng,
@@ -231,6 +241,7 @@ def read_batches(examples: Examples, config: TrainConfig, state: State) -> Itera
             )
         else:
             state.batch_size = max(2, state.batch_size // ranks // 2) * ranks
+            say(f"pairdr: the examples fill no larger batch than {state.batch_size} rows, or less")
 
 
 def autocast_type(config: TrainConfig) -> torch.dtype | None:
@@ -246,12 +257,32 @@ def _restore(
 ) -> State | None:
     """Load the newest valid checkpoint, if there is one."""
     saved = checkpoints.load_newest(model, optimizer) if checkpoints is not None else None
+    step = 0 if saved is None else int(saved["step"])
+    device = next(model.parameters()).device
+    if agree(step != take_from_first(step, device), device):
+        raise UsageError("The ranks find different checkpoints.", remedy="Give all of them one shared output folder.")
     if saved is None:
         return None
     scaler.load_state_dict(saved.pop("scaler"))
     state = State(**saved)
     say(f"pairdr: going on after step {state.step}")
     return state
+
+
+def _choose_best(checkpoints: Checkpoints | None, model: torch.nn.Module, state: State, steps: int) -> None:
+    """Load the step that was best on dev, where one was noted and is not the last."""
+    if checkpoints is None or state.best_step in (0, steps):
+        return
+    if checkpoints.load_model(state.best_step, model):
+        stage = state.log[0]["stage"]
+        state.log.append({"step": state.best_step, "stage": stage, DEV: state.best_dev, "chosen": True})
+
+
+def _measure_dev(dev: DevSample, encoder: DualEncoder, config: TrainConfig) -> float:
+    """Return the first rank's measure on dev, in the precision of training, on every rank: all decide alike."""
+    device, kind = encoder.model.device, autocast_type(config)
+    with torch.autocast(device.type, kind, enabled=kind is not None):
+        return take_from_first(dev.measure(encoder), device)
 
 
 def _write_line(line: dict[str, Any], state: State, track: Callable[[dict[str, Any]], None]) -> None:
@@ -263,8 +294,6 @@ def _write_line(line: dict[str, Any], state: State, track: Callable[[dict[str, A
 
 def _saves(state: State, steps: int, config: TrainConfig, ends: bool) -> bool:
     """Return whether this step is saved; the best one on dev is noted where it will be loaded at the end."""
-    if not math.isfinite(state.means.get("loss", [0.0])[-1]):
-        return False  # the next line of the log stops the training
     line = state.log[-1]
     is_best = config.load_best_model_at_end and line["step"] == state.step and line.get(DEV, -1.0) > state.best_dev
     if is_best:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Router, Transformer
@@ -51,7 +52,9 @@ def load_start(name: str, config: ModelConfig) -> tuple[SentenceTransformer, Con
         UsageError: no model there, or one of another kind.
         RefusedError: dot product at temperature 1 on normalised vectors.
     """
+    torch.manual_seed(0)  # weights that the folder lacks, a pooler's say, are drawn: alike in every call
     model, tuned = _load_modules(name, config)
+    model.float()  # a start stored in half precision would be trained in it
     if config.layers is not None:
         _keep_layers(model, config.layers)
     _settle_similarity(model, config, tuned)

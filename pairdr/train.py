@@ -26,7 +26,7 @@ from pairdr.errors import ArtefactError, MissingExtraError, UsageError
 from pairdr.formats import Examples
 from pairdr.loop import run_stage
 from pairdr.progress import say
-from pairdr.ranks import count_ranks, find_rank, wait_for_ranks
+from pairdr.ranks import count_ranks, find_rank, take_from_first, wait_for_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,9 +71,10 @@ def train_model(
     device = device if count_ranks() == 1 else str(accelerator.device)
 
     def track(line: dict[str, Any]) -> None:
-        accelerator.log({name: value for name, value in line.items() if isinstance(value, float)}, step=line["step"])
+        values = {f"stage {number}/{name}": value for name, value in line.items() if isinstance(value, float)}
+        accelerator.log(values, step=line["step"] + before)  # trackers want steps that rise
 
-    folder = Path(start)
+    folder, before = Path(start), 0
     for number, stage in enumerate(stages, start=1):
         place = Path(output) if number == len(stages) else Path(f"{output}.stage{number}")
         rows = read_stage_examples(examples, stage, config)
@@ -86,7 +87,8 @@ def train_model(
         }
         checkpoints = Checkpoints(Path(f"{place}.checkpoints"), options, inputs, config.save_total_limit)
         options |= {"ranks": count_ranks()}
-        if not is_trained(place, options, inputs):
+        trained = take_from_first(float(is_trained(place, options, inputs)), accelerator.device)
+        if not trained:
             encoder = DualEncoder.open(folder, device=device)
             _warn_of_two_spaces(encoder, stage)
             log = run_stage(collection, rows, encoder, stage, config, steps, checkpoints, track)
@@ -96,7 +98,7 @@ def train_model(
                 encoder.save(place, options=options, inputs=inputs, facts=facts, files={LOG: _to_lines(lines)})
         checkpoints.remove()
         wait_for_ranks()
-        folder = place
+        folder, before = place, before + steps
     for tracker in accelerator.trackers:  # end_training would destroy the process group
         tracker.finish()
     return DualEncoder.open(output, device=device)

@@ -37,9 +37,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             betas=(0.9, 0.999),
             eps=1e-6,
             weight_decay=config.weight_decay,
-            weight_decouple=False,  # decay inside the trust ratio, and no second correction of the rate: as Paddle
-            adam_debias=True,
+            weight_decouple=False,  # decay inside the trust ratio, as Paddle's
+            adam_debias=True,  # no correction of the rate on top of the trust ratio
         )
+        vars(lamb)["clamp"] = math.inf  # Paddle's trust ratio has no upper bound
         return lamb
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from rank_script import count_calls, make_config, start_child, train_plan, wrap, write_plan
+from torch import nn
 
 from pairdr import loop
 from pairdr.artefact import read_manifest, verify_artefact
-from pairdr.checkpoint import catch_termination
+from pairdr.checkpoint import Checkpoints, catch_termination
 from pairdr.cli import main
 from pairdr.collection import open_collection
 from pairdr.config import list_stages
@@ -314,6 +315,34 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert str(newest) in said
     assert sentence in said
     assert ("going on after step 4" in said) == (limit == 2)
+
+
+def test_checkpoints_of_other_options_are_named_with_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = write_checkpoint(tmp_path / "checkpoints", {"alpha": 0.1, "seed": 1})
+    other = Checkpoints(tmp_path / "checkpoints", {"alpha": 0.2, "seed": 1}, {}, keep=2)
+    model = nn.Linear(2, 2)
+    assert other.load_newest(model, torch.optim.AdamW(model.parameters())) is None
+    assert f"{step}: made with other alpha; it is not used" in capsys.readouterr().err
+
+
+def test_a_best_checkpoint_that_is_damaged_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = write_checkpoint(tmp_path / "checkpoints", {})
+    flip(step / "model.safetensors")
+    model = nn.Linear(2, 2)
+    before = model.weight.clone()
+    assert not Checkpoints(tmp_path / "checkpoints", {}, {}, keep=2).load_model(1, model)
+    assert torch.equal(model.weight, before)
+    assert "its sha256 differs" in capsys.readouterr().err
+
+
+def write_checkpoint(folder: Path, options: dict[str, Any]) -> Path:
+    """Write the checkpoint of a tiny layer after one step and return its place."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    Checkpoints(folder, options, {}, keep=2).save(1, model, optimizer, {}, best=0)
+    return folder / "step-00000001"
 
 
 def test_a_damaged_newer_checkpoint_does_not_crowd_out_the_next_ones(plan: dict[str, Any], tmp_path: Path) -> None:

@@ -440,6 +440,11 @@ def test_every_command_explains_itself(call: Call, command: str) -> None:
     assert f"pairdr {command}" in output
 
 
+def test_only_train_runs_in_several_processes(fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fail(2, "run", tmp_path, "-o", tmp_path / "work").startswith("Only `pairdr train` runs in several")
+
+
 def test_help_lists_every_command(call: Call) -> None:
     code, output, _ = call("--help")
     assert code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 
@@ -165,6 +167,18 @@ def test_a_saved_model_opens_with_its_contract(bare_model: Path, tmp_path: Path)
     assert (opened.temperature, opened.is_retriever) == (0.7, False)
     assert opened.fingerprint == encoder.fingerprint == read_manifest(tmp_path / "model").facts["encoder"]
     assert np.array_equal(opened.encode_passages(PASSAGES), encoder.encode_passages(PASSAGES))
+
+
+def test_a_start_in_half_precision_is_trained_in_single(tiny_model: Path, tmp_path: Path) -> None:
+    SentenceTransformer(str(tiny_model), device="cpu").bfloat16().save(str(tmp_path / "half"), create_model_card=False)
+    assert {parameter.dtype for parameter in load(tmp_path / "half").model.parameters()} == {torch.float32}
+
+
+def test_weights_that_a_start_lacks_are_drawn_alike(bare_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bare_model, tmp_path / "bare"))
+    weights = {name: value for name, value in load_file(folder / "model.safetensors").items() if "pooler" not in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(folder).hash_weights() == load(folder).hash_weights()
 
 
 def test_a_saved_model_is_a_start_model(tiny_model: Path, tmp_path: Path) -> None:
@@ -330,9 +344,9 @@ def test_forward_passes_go_from_the_shortest_texts_to_the_longest(lengths: list[
 @given(lengths_of_texts)
 def test_padding_and_passes_cost_no_more_than_in_one_pass_or_in_one_for_each_length(lengths: list[int]) -> None:
     groups = plan_forwards(lengths, 1_000_000)
-    cost = padded_tokens(groups, lengths) + FORWARD_COST * len(groups)
-    assert cost <= len(lengths) * max(lengths, default=0) + FORWARD_COST
-    assert cost <= sum(lengths) + FORWARD_COST * len(set(lengths))
+    cost = padded_tokens(groups, lengths) + FORWARD_COST["cpu"] * len(groups)
+    assert cost <= len(lengths) * max(lengths, default=0) + FORWARD_COST["cpu"]
+    assert cost <= sum(lengths) + FORWARD_COST["cpu"] * len(set(lengths))
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=7))
@@ -343,9 +357,9 @@ def test_no_other_plan_costs_less(lengths: list[int]) -> None:
         groups = [[0]]
         for place, cut in enumerate(cuts, start=1):
             groups.append([place]) if cut else groups[-1].append(place)
-        costs.append(padded_tokens(groups, ordered) + FORWARD_COST * len(groups))
+        costs.append(padded_tokens(groups, ordered) + FORWARD_COST["cpu"] * len(groups))
     groups = plan_forwards(lengths, 1_000_000)
-    assert padded_tokens(groups, lengths) + FORWARD_COST * len(groups) == min(costs)
+    assert padded_tokens(groups, lengths) + FORWARD_COST["cpu"] * len(groups) == min(costs)
 
 
 def test_long_and_short_texts_do_not_meet_where_padding_costs_more_than_a_pass() -> None:

@@ -28,8 +28,8 @@ from pairdr.config import StageConfig
 from pairdr.encoder import DualEncoder
 from pairdr.errors import DataError
 from pairdr.formats import Examples
-from pairdr.loop import State, backward_batch, read_batches, run_stage
-from pairdr.tuning import prepare_model
+from pairdr.loop import State, backward_batch, read_batches, run_stage, update_parameters
+from pairdr.tuning import make_optimizer, prepare_model
 
 if TYPE_CHECKING:
     from conftest import Parts
@@ -228,6 +228,30 @@ def test_dev_is_looked_at_at_the_start_at_intervals_and_at_the_end(
     assert all(
         line["loss"] == pytest.approx(0.9 * line["query_centric"] + 0.1 * line["passage_centric"]) for line in log[1:]
     )
+
+
+@pytest.mark.parametrize("grad_cache", [False, True])
+def test_a_scaled_loss_in_half_precision_trains(
+    toy_parts: Parts, rows: Examples, encoder: DualEncoder, grad_cache: bool
+) -> None:
+    before = encoder.hash_weights()
+    log = run(toy_parts, rows, encoder, PAIR, max_steps=3, fp16=True, grad_cache=grad_cache, logging_steps=1)
+    assert encoder.hash_weights() != before
+    assert all(math.isfinite(line["loss"]) for line in log[1:])
+    assert all(bool(parameter.isfinite().all()) for parameter in encoder.model.parameters())
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_left_out(encoder: DualEncoder) -> None:
+    config = make_config(fp16=True)
+    optimizer = make_optimizer(encoder.model, config)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    before = encoder.hash_weights()
+    for parameter in encoder.model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    scaler.scale(torch.ones(()))
+    update_parameters(encoder.model, optimizer, scaler, 0.1, config, 1)
+    assert encoder.hash_weights() == before
+    assert scaler.get_scale() == 2**15
 
 
 def test_a_line_is_written_every_so_many_steps_and_trackers_get_it(

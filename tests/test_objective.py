@@ -181,6 +181,12 @@ def test_distillation_is_of_the_whole_vectors_and_counts_once() -> None:
 
 
 @pytest.mark.parametrize("kind", ["listwise", "margin_mse"])
+def test_distillation_without_hard_negatives_is_refused(kind: Any) -> None:
+    with pytest.raises(UsageError, match=f"Option distillation is '{kind}', which needs train_negatives above 0"):
+        make_config(distillation=kind, train_negatives=0)
+
+
+@pytest.mark.parametrize("kind", ["listwise", "margin_mse"])
 def test_rows_that_no_teacher_scored_learn_from_their_labels_alone(kind: str) -> None:
     batch = collate(
         [make_row(f"q{n}", f"p{n}", f"n{n}", f"m{n}") for n in range(4)], 2, mask=True, rng=random.Random(0)

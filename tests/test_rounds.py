@@ -45,7 +45,7 @@ def test_a_second_round_mines_with_the_first_rounds_model_and_trains_from_the_st
     assert read_manifest(work / "models" / "pair.stage1").inputs["start"] == start
     assert not run_pipeline(toy, work, config).steps_run
 
-    # One round more keeps what the rounds before it made.
+    # With one round fewer the start mines again.
     again = run_pipeline(toy, work, replace(config, rounds=1)).steps_run
     assert again[:3] == ("mine", "teach", "label")
 

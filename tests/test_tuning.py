@@ -90,6 +90,8 @@ def test_lamb_moves_every_parameter_by_the_rate_times_its_norm() -> None:
     """You et al., arXiv 1904.00962: whatever the gradients, |step| = learning rate x |parameter|, from step 1 on."""
     torch.manual_seed(13)
     layer = nn.Linear(5, 3)
+    with torch.no_grad():
+        layer.weight.mul_(100)  # a norm of some 100: the trust ratio has no upper bound
     optimizer = make_optimizer(layer, make_config(optimizer="lamb", learning_rate=0.01))
     for _ in range(4):
         before = [parameter.detach().clone() for parameter in layer.parameters()]
@@ -205,10 +207,15 @@ def test_attention_is_the_one_that_was_asked_for(encoder: DualEncoder) -> None:
     assert torch.allclose(found["eager"], found["sdpa"], atol=1e-6)
 
 
+def test_flash_attention_needs_half_precision() -> None:
+    with pytest.raises(UsageError, match="flash_attention_2', which needs bf16 or fp16"):
+        make_config(attn_implementation="flash_attention_2")
+
+
 def test_attention_that_is_not_installed_is_refused(encoder: DualEncoder) -> None:
     with (
         pytest.raises(UsageError, match="attn_implementation flash_attention_2: "),
-        prepare_model(encoder, make_config(attn_implementation="flash_attention_2")),
+        prepare_model(encoder, make_config(attn_implementation="flash_attention_2", bf16=True)),
     ):
         pass
 
