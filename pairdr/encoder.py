@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +28,8 @@ from pairdr.config import ModelConfig
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.records import Passage
 from pairdr.sources.minilm import find_minilm
-from pairdr.start import Contract, load_start
-
-FORWARD_COST = {"cpu": 64, "cuda": 4096}
-"""What a forward pass costs in padded tokens: its calls, and products that are too small. The GPU's is a guess."""
-
-Side = Literal["query", "passage"]
-
-
-class Tokens(NamedTuple):
-    """One tokenised text."""
-
-    input_ids: list[int]
-    token_type_ids: list[int]
+from pairdr.start import load_start
+from pairdr.tokens import Contract, Side, Tokens, plan_forwards
 
 
 class DualEncoder:
@@ -138,18 +127,14 @@ class DualEncoder:
 
     def tokenize_queries(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenise questions, prefix included, cut to the contract's length."""
-        return self._tokenize([self.contract.query_prefix + text for text in texts], None, self.contract.query_length)
+        return self._tokenize(self.contract.form_queries(texts), None, self.contract.query_length)
 
     def tokenize_passages(self, passages: Sequence[Passage]) -> list[Tokens]:
         """Tokenise passages, prefix included, cut to the contract's length.
 
         With `title = "segment"` title and text are a pair, cut longest first; else they are one string.
         """
-        prefix = self.contract.passage_prefix
-        if self.contract.title == "segment":
-            titles, texts = [prefix + (p.title or "-") for p in passages], [p.text for p in passages]
-            return self._tokenize(titles, texts, self.contract.passage_length)
-        return self._tokenize([prefix + p.joined for p in passages], None, self.contract.passage_length)
+        return self._tokenize(*self.contract.form_passages(passages), self.contract.passage_length)
 
     def embed(self, tokens: Sequence[Tokens], side: Side | None = None) -> Tensor:
         """Return the [n, D] vectors of one padded forward pass, with their graph if gradients are on.
@@ -211,42 +196,6 @@ class DualEncoder:
         )
         types = coded.get("token_type_ids") or [[] for _ in first]
         return [Tokens(*pair) for pair in zip(coded["input_ids"], types, strict=True)]
-
-
-def plan_forwards(lengths: Sequence[int], tokens_per_forward: int, device: str = "cpu") -> list[list[int]]:
-    """Group texts by length into forward passes, so that padding and the number of passes cost least together.
-
-    Args:
-        lengths: tokens of each text.
-        tokens_per_forward: the most padded tokens of one pass; a single longer text may exceed it.
-        device: its kind says what a pass costs.
-
-    Returns:
-        Places in `lengths`, shortest texts first. A function of its arguments alone.
-    """
-    places: dict[int, list[int]] = {}
-    for place, length in enumerate(lengths):
-        places.setdefault(length, []).append(place)
-    widths = sorted(places)
-    # cheapest[i]: the least cost of all texts up to width i, and where the last group of that plan begins.
-    cheapest: list[tuple[int, int]] = [(0, 0)]
-    for end, width in enumerate(widths, start=1):
-        count, best = 0, (-1, 0)
-        for begin in range(end - 1, -1, -1):
-            count += len(places[widths[begin]])
-            cost = cheapest[begin][0] + count * width + FORWARD_COST.get(device, 64)
-            if best[0] < 0 or cost < best[0]:
-                best = (cost, begin)
-        cheapest.append(best)
-    groups: list[list[int]] = []
-    end = len(widths)
-    while end:
-        begin = cheapest[end][1]
-        texts = [place for width in widths[begin:end] for place in places[width]]
-        size = max(1, tokens_per_forward // max(1, widths[end - 1]))
-        groups.extend(texts[at : at + size] for at in reversed(range(0, len(texts), size)))
-        end = begin
-    return groups[::-1]
 
 
 def _strip_padding(tokenizer: str) -> str:

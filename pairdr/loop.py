@@ -19,13 +19,14 @@ from pairdr.batches import Batch, collate, plan_epoch
 from pairdr.checkpoint import Checkpoints, catch_termination
 from pairdr.collection import Collection
 from pairdr.config import StageConfig, TrainConfig
-from pairdr.encoder import DualEncoder, Side, plan_forwards
+from pairdr.encoder import DualEncoder
 from pairdr.errors import DataError, PairdrError, StoppedError, UsageError
 from pairdr.formats import Examples
 from pairdr.gradcache import backward_cached
 from pairdr.objective import compute_loss
 from pairdr.progress import say, show_progress
 from pairdr.ranks import agree, average_gradients, count_ranks, find_rank, take_from_first
+from pairdr.tokens import Side, plan_forwards
 from pairdr.tuning import densify_gradients, make_optimizer, prepare_model, schedule_rate, seed_step, set_rate
 from pairdr.watch import DEV, DevSample, Means, Meter, find_alarms, measure_peak, measure_similarities
 
@@ -72,7 +73,7 @@ def run_stage(
 
     Raises:
         StoppedError: SIGTERM came; the newest checkpoint has all that was done.
-        PairdrError: the loss is no number any more.
+        PairdrError: a gradient is no number any more.
     """
     dev = DevSample(collection, config)
     device = encoder.model.device
@@ -111,7 +112,8 @@ def run_stage(
                 state.means = means.values
                 advance(1)
                 ends = agree(stopped.is_set(), device)
-                if checkpoints is not None and _saves(state, steps, config, ends):
+                is_best = config.load_best_model_at_end and _note_best(state)
+                if checkpoints is not None and (ends or is_best or (step % config.save_steps == 0 and step < steps)):
                     saved = asdict(state) | {"scaler": scaler.state_dict()}
                     checkpoints.save(step, model, optimizer, saved, state.best_step)
                 if ends:
@@ -233,6 +235,9 @@ def read_batches(examples: Examples, config: TrainConfig, state: State) -> Itera
                 share=share,
             )
         if state.batches:
+            left = len(examples) - state.batches * state.batch_size
+            if state.epoch == 0 and left >= state.batch_size:  # fewer are no batch anyway
+                say(f"pairdr: {left} of {len(examples)} rows share a query or a positive with too many others")
             state.epoch, state.batches = state.epoch + 1, 0
         elif state.batch_size == 2 * ranks:
             raise DataError(
@@ -292,13 +297,13 @@ def _write_line(line: dict[str, Any], state: State, track: Callable[[dict[str, A
     track(line)
 
 
-def _saves(state: State, steps: int, config: TrainConfig, ends: bool) -> bool:
-    """Return whether this step is saved; the best one on dev is noted where it will be loaded at the end."""
+def _note_best(state: State) -> bool:
+    """Note this step where its measure on dev is the best one yet, and say whether it is."""
     line = state.log[-1]
-    is_best = config.load_best_model_at_end and line["step"] == state.step and line.get(DEV, -1.0) > state.best_dev
-    if is_best:
-        state.best_step, state.best_dev = state.step, line[DEV]
-    return ends or is_best or (state.step % config.save_steps == 0 and state.step < steps)
+    if line["step"] != state.step or line.get(DEV, -1.0) <= state.best_dev:
+        return False
+    state.best_step, state.best_dev = state.step, line[DEV]
+    return True
 
 
 def _note(line: dict[str, Any]) -> str:

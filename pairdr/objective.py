@@ -40,13 +40,21 @@ def compute_loss(
         by_query = (alpha > 0 and config.passage_negatives == "official") or config.query_negatives or config.symmetric
         query = gather_rows(query) if by_query else place_rows(query)
         positive, negative = gather_rows(positive), gather_rows(negative)
+    device = query.device
+    options: dict[str, Any] = {
+        "temperature": encoder.temperature,
+        "rows": batch.rows,
+        "masks": None if batch.masks is None else Masks(*(mask.to(device) for mask in batch.masks)),
+        "false_negative_margin": config.false_negative_margin,
+    }
+    negative_valid = batch.negative_valid.to(device)
     dimensions = query.shape[1]
     widths = sorted({*config.matryoshka_dims, dimensions})
     parts: dict[str, Tensor] = {}
     for width in widths:
         normalise = encoder.contract.similarity == "cosine" and width < dimensions
         q, p, n = (shorten(vectors, width, normalise=normalise) for vectors in (query, positive, negative))
-        for name, value in _relate(q, p, n, batch, alpha, config, encoder.temperature).items():
+        for name, value in _relate(q, p, n, negative_valid, alpha, config, options).items():
             parts[name] = parts.get(name, query.new_zeros(())) + value / len(widths)
     if taught is not None:
         parts |= {"distillation": taught, "loss": parts["loss"] + config.distillation_weight * taught}
@@ -57,26 +65,19 @@ def _relate(
     query: Tensor,
     positive: Tensor,
     negative: Tensor,
-    batch: Batch,
+    negative_valid: Tensor,
     alpha: float,
     config: TrainConfig,
-    temperature: float,
+    options: dict[str, Any],
 ) -> dict[str, Tensor]:
     """Return PAIR's loss and its parts for vectors of one width; the rows of all ranks [B, D], [B, D], [B, K, D]."""
-    device = query.device
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "rows": batch.rows,
-        "masks": None if batch.masks is None else Masks(*(mask.to(device) for mask in batch.masks)),
-        "false_negative_margin": config.false_negative_margin,
-    }
     found = pair_loss(
         query,
         positive,
         negative,
         alpha=alpha,
         passage_negatives=config.passage_negatives,
-        negative_valid=batch.negative_valid.to(device),
+        negative_valid=negative_valid,
         query_negatives=config.query_negatives,
         **options,
     )

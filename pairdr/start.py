@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,7 @@ from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.config import ModelConfig
 from pairdr.errors import RefusedError, UsageError
 from pairdr.sources.minilm import find_minilm
-
-
-@dataclass(frozen=True)
-class Contract:
-    """What has to be the same in training and in every later use of a model."""
-
-    query_prefix: str
-    passage_prefix: str
-    query_length: int
-    passage_length: int
-    pooling: str
-    similarity: str
-    title: str
-    dimensions: int
-    towers: str = "tied"
+from pairdr.tokens import Contract
 
 
 def load_start(name: str, config: ModelConfig) -> tuple[SentenceTransformer, Contract, float, bool]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from pairdr.config import ModelConfig, StageConfig, TrainConfig
 from pairdr.encoder import DualEncoder
 from pairdr.errors import PairdrError
 from pairdr.formats import Examples, write_examples
-from pairdr.ranks import average_gradients, count_ranks, find_rank
+from pairdr.ranks import average_gradients, count_ranks, find_rank, wait_for_ranks
 from pairdr.records import Example, positives_of
 from pairdr.tuning import densify_gradients, prepare_model
 
@@ -204,7 +205,27 @@ def check_ranks(plan: dict[str, Any], folder: Path) -> None:
             written.clear()
             train_plan(plan, folder / name, **plan["joint"])
             report["published"][name] = list(written)
+    if count_ranks() == 2:
+        go_on_and_break(plan, folder, report)
     (folder / f"rank{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def go_on_and_break(plan: dict[str, Any], folder: Path, report: dict[str, Any]) -> None:
+    """Resume the stopped run in another place; then train with one gradient that is no number, on one rank."""
+    if find_rank() == 0:
+        shutil.copytree(folder / "stopped.stage1.checkpoints", folder / "resumed.stage1.checkpoints")
+    wait_for_ranks()
+    train_plan(plan, folder / "resumed", **plan["joint"])
+    if find_rank() == 1:  # one rank alone has a gradient that is no number
+        wrap(loop, "update_parameters", break_gradient)
+    try:
+        train_plan(plan, folder / "broken", **plan["joint"])
+    except PairdrError as error:
+        report["broken"] = error.what
+
+
+def break_gradient(model: torch.nn.Module, *rest: Any) -> None:
+    next(p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_sparse).fill_(torch.nan)
 
 
 def count_calls(actions: dict[int, Callable[[], None]]) -> Callable[..., None]:

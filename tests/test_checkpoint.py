@@ -36,6 +36,7 @@ CASES = {
     "lamb": {"optimizer": "lamb"},
     "lora": {"lora_rank": 2},
     "gradient cache": {"grad_cache": True, "tokens_per_forward": 256},
+    "a batch that shrank": {"per_device_train_batch_size": 90},
     "looks at dev": {"eval_steps": 2, "load_best_model_at_end": True},
 }
 

@@ -24,10 +24,11 @@ from pairdr.collection import Collection, open_collection
 from pairdr.config import EncodeConfig, ModelConfig
 from pairdr.dropout import use_dropout
 from pairdr.encode import encode_corpus
-from pairdr.encoder import FORWARD_COST, DualEncoder, plan_forwards
+from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, PairdrError, RefusedError, UsageError
 from pairdr.records import Passage
 from pairdr.start import is_retriever
+from pairdr.tokens import FORWARD_COST, plan_forwards
 
 LONG = "the river runs through the town and the market is held on the square near the old bridge " * 4
 QUERIES = ["which river runs through Ashford", "market", "", LONG]

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "pairdr"
 ROOMS = (
     *("errors", "records", "config", "formats", "artefact", "progress", "collection", "sources", "measures", "fusion"),
     *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
-    *("start", "encoder", "vectors", "indexes", "lexical", "teachers"),
+    *("tokens", "start", "encoder", "vectors", "indexes", "lexical", "teachers"),
     *("batches", "objective", "tuning", "checkpoint", "watch", "loop"),
     *("check", "costs", "encode", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
     *("table", "work", "makers", "steps", "pipeline", "commands", "cli", "__main__", "__init__"),
@@ -29,7 +29,7 @@ ROOMS = (
 
 # None of these may load torch when it is imported.
 LIGHT = (
-    *("errors", "records", "config", "formats", "artefact", "collection", "lexical", "measures"),
+    *("errors", "records", "config", "formats", "artefact", "collection", "tokens", "vectors", "lexical", "measures"),
     *("check", "mine", "evaluate", "indexes.exact"),
 )
 

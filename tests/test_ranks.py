@@ -126,7 +126,7 @@ def test_one_rank_writes_and_both_see_as_many_batches(found: Found) -> None:
 
 
 def test_a_second_training_in_the_same_processes_has_as_many_ranks(found: Found) -> None:
-    assert found.reports[0]["batches"] == [2] * (2 + 8 + 8)  # stopped, joint, again
+    assert found.reports[0]["batches"] == [2] * (2 + 8 + 8 + 6 + 1)  # stopped, joint, again, resumed, broken
     for stage in (".stage1", ""):
         first, again = (read_manifest(found.folder / f"{name}{stage}").facts for name in ("joint", "again"))
         assert first["weights_sha256"] == again["weights_sha256"]
@@ -142,3 +142,14 @@ def test_all_ranks_stop_where_one_is_told_to_and_go_on_only_together(found: Foun
         assert report["stopped"] == [143, "Stopped after step 2 of 4 of stage pair."]
     with pytest.raises(UsageError, match="begun with 2 ranks and cannot go on exactly with 1"):
         train_plan(found.plan, found.folder / "stopped", **JOINT)
+
+
+def test_two_ranks_go_on_to_the_weights_of_a_run_that_nobody_stopped(found: Found) -> None:
+    for stage in (".stage1", ""):
+        joint, resumed = (read_manifest(found.folder / f"{name}{stage}").facts for name in ("joint", "resumed"))
+        assert joint["weights_sha256"] == resumed["weights_sha256"]
+
+
+def test_a_gradient_that_is_no_number_on_one_rank_ends_all(found: Found) -> None:
+    assert [report["broken"] for report in found.reports] == ["The gradient is nan at step 1."] * 2
+    assert not (found.folder / "broken.stage1").exists()

@@ -252,9 +252,17 @@ def test_half_precision_with_a_scaled_loss_needs_a_gpu(toy_parts: Parts, example
 
 
 @pytest.mark.slow
-def test_a_tracker_of_accelerate_gets_the_log(toy_parts: Parts, examples: Path, tmp_path: Path) -> None:
-    train(toy_parts, examples, tmp_path / "model", QUERY, report_to="tensorboard")
-    assert [path.name for path in (tmp_path / "model.trackers").rglob("events.out.tfevents.*")] != []
+def test_a_tracker_of_accelerate_gets_the_log_of_both_stages_in_steps_that_rise(
+    toy_parts: Parts, examples: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(toy_parts, examples, tmp_path / "model", PAIR, QUERY, report_to="tensorboard", max_steps=3, logging_steps=1)
+    (events,) = (tmp_path / "model.trackers").rglob("events.out.tfevents.*")
+    written = EventAccumulator(str(events))
+    written.Reload()
+    steps = [[event.step for event in written.Scalars(f"stage {stage}/loss")] for stage in (1, 2)]
+    assert steps == [[1, 2, 3], [4, 5, 6]]
     verify_artefact(tmp_path / "model")
 
 
