@@ -122,21 +122,72 @@ def publish(
     _require_replaceable(folder, kind)
     key = hash_json([kind, dict(options), dict(inputs), FORMAT_VERSION])[:16]
     staging = folder.parent / f".{folder.name}.{key if resume else 'new'}.partial"
+    with explain_failed_writes(folder):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _recover(folder)
+            for stale in _find_partials(folder):
+                if not (resume and stale == staging):
+                    _discard(stale)
+            staging.mkdir(exist_ok=resume)
+            work = Staging(staging)
+            yield work
+            _seal(staging, kind, dict(options), dict(inputs), work.facts)
+            _swap(staging, folder)
+        except BaseException:
+            if not resume:
+                shutil.rmtree(staging, ignore_errors=True)
+            _recover(folder)
+            raise
+
+
+def publish_version(
+    folder: Path,
+    kind: str,
+    *,
+    options: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    facts: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Let an artefact's manifest name other files of its folder, in one step: readers see the old set or the new one.
+
+    Args:
+        folder: where the artefact stands.
+        kind: what it holds.
+        options: what it was made with.
+        inputs: name of each input to its fingerprint.
+        facts: what is worth keeping.
+        files: path below the folder to what `describe_file` gave.
+    """
+    from pairdr import __version__
+
+    for name in files:
+        with (folder / name).open("rb+") as stream:
+            os.fsync(stream.fileno())
+    for directory in {(folder / name).parent for name in files} | {folder}:
+        _sync_directory(directory)
+    entries = {name: dict(entry) for name, entry in sorted(files.items())}
+    manifest = Manifest(kind, dict(options), dict(inputs), entries, dict(facts), __version__, FORMAT_VERSION)
+    replace_file(folder / MANIFEST, json.dumps(vars(manifest), indent=1, ensure_ascii=False) + "\n")
+    _sync_directory(folder)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return what a manifest says of a file."""
+    return {"sha256": hash_file(path), "bytes": path.stat().st_size}
+
+
+@contextlib.contextmanager
+def explain_failed_writes(folder: Path) -> Iterator[None]:
+    """Turn what the disk says into an error of ours while the block runs.
+
+    Raises:
+        ArtefactError: the disk is full or the place cannot be written.
+    """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _recover(folder)
-        for stale in _find_partials(folder):
-            if not (resume and stale == staging):
-                _discard(stale)
-        staging.mkdir(exist_ok=resume)
-        work = Staging(staging)
-        yield work
-        _seal(staging, kind, dict(options), dict(inputs), work.facts)
-        _swap(staging, folder)
+        yield
     except BaseException as error:
-        if not resume:
-            shutil.rmtree(staging, ignore_errors=True)
-        _recover(folder)
         reason = _explain_failed_write(error)
         if reason is None:
             raise
@@ -247,7 +298,7 @@ def _seal(staging: Path, kind: str, options: dict[str, Any], inputs: dict[str, s
     for path in sorted(p for p in staging.rglob("*") if p.is_file() and p != staging / MANIFEST):
         with path.open("rb+") as stream:
             os.fsync(stream.fileno())
-        files[path.relative_to(staging).as_posix()] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+        files[path.relative_to(staging).as_posix()] = describe_file(path)
     manifest = Manifest(kind, options, inputs, files, facts, __version__, FORMAT_VERSION)
     write_json(staging / MANIFEST, vars(manifest))
     with (staging / MANIFEST).open("rb+") as stream:

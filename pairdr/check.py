@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pairdr.artefact import hash_file, publish, write_json
-from pairdr.collection import SPLITS, Collection, find_problems, hash_text, normalise_text
+from pairdr.collection import SPLITS, Collection, find_problems, normalise_text
 from pairdr.config import ModelConfig
 from pairdr.errors import DataError, UsageError
+from pairdr.ids import hash_text
 from pairdr.records import positives_of
 from pairdr.sources.minilm import find_minilm
 

@@ -12,7 +12,7 @@ from typing import Any
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 
-from pairdr import __version__, commands
+from pairdr import __version__, commands, store_commands
 from pairdr.config import RunConfig, change_options
 from pairdr.errors import PairdrError, UsageError
 
@@ -34,7 +34,12 @@ for command in (
     commands.encode,
     commands.search,
     commands.evaluate,
-    commands.verify,
+    store_commands.upsert,
+    store_commands.delete,
+    store_commands.compact,
+    store_commands.export,
+    store_commands.index,
+    store_commands.verify,
 ):
     app.command(command)
 

@@ -10,7 +10,6 @@ pool, and that no dev or test question, nor a copy of one, is trained on.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
@@ -24,12 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pairdr.artefact import Staging, hash_json, hold_lock, publish, read_manifest
 from pairdr.config import DataConfig
 from pairdr.errors import ArtefactError, DataError, UsageError
 from pairdr.formats import read_lines, read_qrels, read_texts, read_unlabelled, write_qrels
+from pairdr.ids import IdIndex, hash_text, write_id_index
 from pairdr.records import Passage, Qrels, Query
 
 SPLITS = ("train", "dev", "test")
@@ -42,11 +41,6 @@ def normalise_text(text: str) -> str:
     return _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).lower()).strip()
 
 
-def hash_text(text: str) -> int:
-    """Return a 64-bit hash, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
 class TextTable:
     """A memory-mapped table of texts with an id each.
 
@@ -57,9 +51,8 @@ class TextTable:
     def __init__(self, folder: Path, name: str) -> None:
         with pa.memory_map(str(folder / f"{name}.arrow")) as source:
             self.table: pa.Table = pa.ipc.open_file(source).read_all()
-        self._hashes = np.load(folder / f"{name}.hashes.npy", mmap_mode="r")
-        self._rows = np.load(folder / f"{name}.rows.npy", mmap_mode="r")
-        self.id_rank: npt.NDArray[np.int64] = np.load(folder / f"{name}.rank.npy", mmap_mode="r")
+        self._index = IdIndex(folder, name, self.table.column("id"))
+        self.id_rank: npt.NDArray[np.int64] = self._index.rank
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -77,14 +70,7 @@ class TextTable:
 
     def find_row(self, text_id: str) -> int | None:
         """Return the row of an id, or None."""
-        key = np.uint64(hash_text(text_id))
-        place = int(np.searchsorted(self._hashes, key))
-        while place < len(self._hashes) and self._hashes[place] == key:
-            row = int(self._rows[place])
-            if self.id_of(row) == text_id:
-                return row
-            place += 1
-        return None
+        return self._index.find_row(text_id)
 
     def row_of(self, text_id: str) -> int:
         """Return the row of an id.
@@ -348,15 +334,10 @@ def _write_table(folder: Path, name: str, columns: tuple[str, ...], rows: Iterab
 
         _in_blocks((row for _, row in rows), flush, hashes)
     keys = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.zeros(0, dtype=np.uint64)
-    order = np.argsort(keys, kind="stable")
-    np.save(folder / f"{name}.hashes.npy", keys[order])
-    np.save(folder / f"{name}.rows.npy", order)
     with pa.memory_map(str(path)) as source:
         ids = pa.ipc.open_file(source).read_all().column("id")
-    rank = np.empty(len(keys), dtype=np.int64)
-    rank[pc.sort_indices(ids).to_numpy()] = np.arange(len(keys))
-    np.save(folder / f"{name}.rank.npy", rank)
-    return _find_duplicates(ids, keys, order)
+    write_id_index(folder, name, ids, keys)
+    return _find_duplicates(ids, keys)
 
 
 def _in_blocks(rows: Iterable[list[str]], flush: Callable[[list[list[str]]], None], hashes: array[int]) -> None:
@@ -371,7 +352,8 @@ def _in_blocks(rows: Iterable[list[str]], flush: Callable[[list[list[str]]], Non
         flush(block)
 
 
-def _find_duplicates(ids: pa.ChunkedArray, keys: npt.NDArray[np.uint64], order: npt.NDArray[np.int64]) -> list[str]:
+def _find_duplicates(ids: pa.ChunkedArray, keys: npt.NDArray[np.uint64]) -> list[str]:
+    order = np.argsort(keys, kind="stable")
     same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     pairs = ((str(ids[int(order[i])]), str(ids[int(order[i + 1])])) for i in same)
     return sorted({first for first, second in pairs if first == second})

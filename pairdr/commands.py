@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from pairdr.artefact import read_manifest, verify_artefact
+from pairdr.artefact import read_manifest
 from pairdr.config import (
     DataConfig,
     EncodeConfig,
@@ -70,9 +70,9 @@ def run(
     options = RunConfig(*sections, arms, rounds)
     from pairdr.pipeline import format_plan, plan_run, run_pipeline
 
-    _quiet_libraries()
+    quiet_libraries()
     if dry_run:
-        _print(format_plan(plan_run(data, output, options)))
+        print_text(format_plan(plan_run(data, output, options)))
     else:
         _print_result(run_pipeline(data, output, options))
 
@@ -85,10 +85,10 @@ def demo(
     """Walk the whole way on the documentation of Python and its libraries: offline, minutes on a laptop."""
     from pairdr.pipeline import run_demo
 
-    _quiet_libraries()
+    quiet_libraries()
     result = run_demo(output, arms)
     _print_result(result)
-    _print(f'Try it: pairdr search {result.work} "how do I fit a straight line to points"')
+    print_text(f'Try it: pairdr search {result.work} "how do I fit a straight line to points"')
 
 
 def check(
@@ -103,8 +103,8 @@ def check(
     from pairdr.collection import open_collection
 
     report = check_collection(open_collection(data, data_options, strict=False), model, output)
-    _print("\n".join(f"{name:44}{value}" for name, value in report.facts.items()))
-    _print(
+    print_text("\n".join(f"{name:44}{value}" for name, value in report.facts.items()))
+    print_text(
         "\n".join([*(f"warning: {text}" for text in report.warnings), *(f"error: {text}" for text in report.errors)])
         or "sound"
     )
@@ -128,7 +128,7 @@ def mine(
     collection, encoder, index = _open_parts(data, data_options, model, lexical, output)
     store = encode_corpus(collection, encoder, encode, _beside(output, "vectors"))
     mine_candidates(collection, encoder, store, index, options, output)
-    _print_facts(read_manifest(output).facts)
+    print_facts(read_manifest(output).facts)
 
 
 def teach(
@@ -157,7 +157,7 @@ def teach(
     result = choose_teacher(
         collection, encoder, student, index, open_candidates(candidates, collection), model, options, output
     )
-    _print(result.format())
+    print_text(result.format())
     require_accepted(result)
 
 
@@ -188,7 +188,7 @@ def label(
     from pairdr.teach import read_recipe, refuse_verdicts
     from pairdr.teachers import load_teacher
 
-    _quiet_libraries()
+    quiet_libraries()
     collection = open_collection(data, data_options)
     recipe = read_recipe(teacher)
     if recipe is None:
@@ -196,7 +196,7 @@ def label(
     index = index_words(collection, lexical, _beside(output, "bm25"))
     judge = load_teacher(recipe, teacher, collection, index, model)
     fingerprint = read_manifest(teacher).fingerprint
-    _print_facts(
+    print_facts(
         label_examples(
             collection, open_candidates(candidates, collection), judge, options, output, teacher_fingerprint=fingerprint
         )
@@ -228,7 +228,7 @@ def train(
     from pairdr.ranks import find_rank
     from pairdr.train import start_accelerator, train_model
 
-    _quiet_libraries()
+    quiet_libraries()
     start = _beside(output, "start")
     with start_accelerator(model.device, options).main_process_first():  # under torchrun, one process makes the files
         collection = open_collection(data, data_options)
@@ -236,7 +236,7 @@ def train(
             DualEncoder.load(model).save(start, options=model.as_dict(), inputs={})
     train_model(collection, rows, start, list_stages(arm, options), options, output, device=model.device)
     if find_rank() == 0:
-        _print_facts(read_manifest(output).facts["summary"])
+        print_facts(read_manifest(output).facts["summary"])
 
 
 def encode(
@@ -247,13 +247,14 @@ def encode(
     options: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
 ) -> None:
     """Encode a corpus with a model (--start); an interrupted call goes on where it stopped."""
+    from pairdr.backends import is_exported, load_encoder
     from pairdr.collection import open_collection
     from pairdr.encode import encode_corpus
-    from pairdr.encoder import DualEncoder
 
-    _quiet_libraries()
-    store = encode_corpus(open_collection(data), DualEncoder.load(model), options, output)
-    _print(f"{store.count} vectors of {store.dimensions} dimensions in {output}")
+    if not is_exported(model.start):  # which needs no torch
+        quiet_libraries()
+    store = encode_corpus(open_collection(data), load_encoder(model), options, output)
+    print_text(f"{store.count} vectors of {store.dimensions} dimensions in {output}")
 
 
 def search(
@@ -281,13 +282,13 @@ def search(
     """
     from pairdr.search import Searcher
 
-    _quiet_libraries()
+    quiet_libraries()
     if question is None:
         _search_split(place, data, split, output, model, k)
         return
     for rank, hit in enumerate(Searcher.open(place).search(question, k, mode), start=1):
         if as_json:
-            _print(
+            print_text(
                 json.dumps(
                     {
                         "rank": rank,
@@ -300,7 +301,7 @@ def search(
             )
         else:
             text = " ".join(hit.passage.text.split())
-            _print(
+            print_text(
                 f"{rank:3}  {hit.score:8.4f}  {hit.passage_id}  {hit.passage.title}\n"
                 f"     {text[:160]}{'...' if len(text) > 160 else ''}"
             )
@@ -329,13 +330,7 @@ def evaluate(
 
     path = run_file / "run.arrow" if run_file.is_dir() else run_file
     means = mean_measures(evaluate_run(read_run(path), read_qrels(qrels), options, output))
-    _print(json.dumps(means) if as_json else "\n".join(f"{name:12}{value:.4f}" for name, value in means.items()))
-
-
-def verify(folder: Path) -> None:
-    """Check the sha256 of every file of an output folder."""
-    manifest = verify_artefact(folder)
-    _print(f"{len(manifest.files)} files are as they were written ({manifest.kind}, {manifest.fingerprint[:12]})")
+    print_text(json.dumps(means) if as_json else "\n".join(f"{name:12}{value:.4f}" for name, value in means.items()))
 
 
 def _open_parts(
@@ -345,7 +340,7 @@ def _open_parts(
     from pairdr.encoder import DualEncoder
     from pairdr.lexical import index_words
 
-    _quiet_libraries()
+    quiet_libraries()
     collection = open_collection(data, options)
     return collection, DualEncoder.load(model), index_words(collection, lexical, _beside(output, "bm25"))
 
@@ -353,18 +348,18 @@ def _open_parts(
 def _search_split(place: Path, data: Path | None, split: str, output: Path | None, model: ModelConfig, k: int) -> None:
     if data is None or output is None:
         raise UsageError("Name a question, or --data and --output to search for a whole split.")
+    from pairdr.backends import load_encoder
     from pairdr.collection import open_collection
-    from pairdr.encoder import DualEncoder
     from pairdr.search import rank_dense, write_search
     from pairdr.vectors import VectorStore
 
     collection, store = open_collection(data), VectorStore(place)
     config = SearchConfig(k=k)
     queries = [collection.query(query_id) for query_id in collection.qrels(split)]
-    blocks = rank_dense(queries, DualEncoder.load(model), store, config)
+    blocks = rank_dense(queries, load_encoder(model), store, config)
     inputs = {"vectors": store.fingerprint, "collection": collection.fingerprint}
     found = write_search(blocks, config, output, total=len(queries), inputs=inputs, options={"split": split})
-    _print(f"{len(found)} queries in {output}/run.trec")
+    print_text(f"{len(found)} queries in {output}/run.trec")
 
 
 def _beside(output: Path, name: str) -> Path:
@@ -373,16 +368,17 @@ def _beside(output: Path, name: str) -> Path:
 
 
 def _print_result(result: RunResult) -> None:
-    _print(result.table.format())
+    print_text(result.table.format())
     done = f"{len(result.steps_run)} steps ran." if result.steps_run else "Nothing to do: everything is up to date."
-    _print(f"\n{done} The work folder is {result.work}.")
+    print_text(f"\n{done} The work folder is {result.work}.")
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
-    _print("\n".join(f"{name:44}{value}" for name, value in facts.items()))
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print names and values, a line each."""
+    print_text("\n".join(f"{name:44}{value}" for name, value in facts.items()))
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Turn off the libraries' own bars and advice; pairdr shows its own."""
     import logging
 
@@ -393,6 +389,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
 
 
-def _print(text: str) -> None:
+def print_text(text: str) -> None:
+    """Print at once, whoever reads."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -6,56 +6,17 @@ classes, so an option is spelled the same everywhere. `RunConfig` holds one of e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from pairdr.errors import UsageError
+from pairdr.options import Options as Options
+from pairdr.options import find_broken_range, option
 
 ARMS = ("labelled_only", "query_centric", "pair")
 """The models that `run` can train, in the order of the table's rows."""
-
-
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """Define one option.
-
-    Args:
-        default: its value when nobody says otherwise.
-        help: what it does, with its unit.
-        low: the smallest value that makes sense.
-        high: the largest one.
-    """
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
-
-
-@dataclass(frozen=True)
-class Options:
-    """Base of all option classes: checks ranges and choices when it is made.
-
-    Raises:
-        UsageError: a value outside its range or choices, naming the option and what it can be.
-    """
-
-    def __post_init__(self) -> None:
-        """Check every value against its kind and its range or choices."""
-        hints = get_type_hints(type(self))
-        for spec in fields(self):
-            value, hint = getattr(self, spec.name), hints[spec.name]
-            wanted, kinds = None, get_args(hint) or (hint,)
-            if kinds == (int, ...):
-                wanted = None if all(type(item) is int and item > 0 for item in value) else "whole numbers above 0"
-            elif get_origin(hint) is Literal:
-                wanted = None if value in kinds else f"one of {', '.join(kinds)}"
-            elif value is not None and not {int, float}.isdisjoint(kinds):
-                wanted = _find_broken_range(value, spec.metadata.get("low"), spec.metadata.get("high"), float in kinds)
-            if wanted is not None:
-                raise UsageError(f"Option {spec.name} is {value!r}; it must be {wanted}.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the options as plain JSON values."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -285,8 +246,11 @@ def list_stages(arm: str, config: TrainConfig) -> tuple[StageConfig, ...]:
 class EncodeConfig(Options):
     """Texts to vectors."""
 
-    tokens_per_batch: int = option(2048, "Padded tokens in one forward pass.", low=16)
+    tokens_per_batch: int | None = option(
+        None, "Most padded tokens of a forward pass; unset: 1024 on a CPU, 32768 on a GPU.", low=16
+    )
     shard_size: int = option(8192, "Passages per shard: what a killed process can lose.", low=1)
+    dtype: Literal["float32", "float16", "int8"] = option("float32", "Numbers of the stored vectors.")
 
 
 @dataclass(frozen=True)
@@ -299,12 +263,54 @@ class SearchConfig(Options):
 
 
 @dataclass(frozen=True)
+class IndexConfig(Options):
+    """Vectors to an index; see docs/search.md for what is chosen where nothing is said."""
+
+    index_kind: Literal["auto", "flat", "ivf", "hnsw"] = option(
+        "auto", "flat is exact search; auto: flat for a small corpus, else ivf."
+    )
+    quantiser: Literal["auto", "sq8", "pq"] = option("auto", "auto: sq8, or pq where that needs too much memory.")
+    wanted_recall: float = option(0.95, "Share of the exact results that has to be found.", low=0.1, high=1)
+    recall_depth: int = option(100, "Results per query of which that share is meant.", low=1)
+    memory_limit: int | None = option(None, "Most MiB of the index; unset: half of the machine's memory.", low=1)
+    tuning_queries: int = option(256, "Most queries that the index is tuned and judged by.", low=10)
+    rebuild_share: float = option(
+        0.2, "Share of new and deleted vectors from which the index should be built anew.", low=0, high=1
+    )
+    index_threads: int | None = option(None, "Threads; unset: all. A graph (hnsw) is always built by one.", low=1)
+    index_seed: int = option(13, "Seed of the vectors that the index is trained on and judged by.", low=0)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(Options):
     """Measures and tests."""
 
     measures: tuple[str, ...] = option(("RR@10", "nDCG@10", "R@100"), "Measures by the names of ir_measures.")
     resamples: int = option(10000, "Resamples of the paired randomisation test.", low=100)
     test_seed: int = option(13, "Seed of the test.", low=0)
+
+
+Target = Literal["onnx", "openvino", "openvino-int8"]
+"""What runs an exported model, and in which precision."""
+
+
+@dataclass(frozen=True)
+class ExportConfig(Options):
+    """A model as another library runs it, and the gate that an export has to pass."""
+
+    allowed_loss: float = option(
+        0.005,
+        "Most nDCG@10 that an export may lose on dev against the model, absolute; else nothing is written.",
+        low=0,
+    )
+    export_queries: int = option(1000, "Most dev queries that judge an export.", low=1)
+    export_passages: int = option(
+        5000, "Passages that these are searched in: their positives, and others drawn at random.", low=1
+    )
+    calibration_texts: int = option(
+        300, "int8: passages and training queries that set the ranges of activations.", low=2
+    )
+    export_seed: int = option(13, "Seed of these samples and of the confidence interval.", low=0)
 
 
 @dataclass(frozen=True)
@@ -327,7 +333,7 @@ class RunConfig(Options):
 
     def __post_init__(self) -> None:
         """Check what no section checks."""
-        wanted = _find_broken_range(self.rounds, 1, None, fractions=False)
+        wanted = find_broken_range(self.rounds, 1, None, fractions=False)
         if wanted is not None:
             raise UsageError(f"Option rounds is {self.rounds!r}; it must be {wanted}.")
 
@@ -354,22 +360,3 @@ def change_options(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) 
             raise UsageError(f"Unknown option {unknown} in [{name}].", remedy=f"There are: {', '.join(options)}.")
         sections[name] = replace(section, **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
     return replace(config, **sections)
-
-
-def _find_broken_range(value: Any, low: float | None, high: float | None, fractions: bool) -> str | None:
-    """Return in words what a value has to be if it is no number, no whole one, or outside its range; else None."""
-    if not isinstance(value, int | float) or (isinstance(value, float) and not fractions):
-        return "a number" if fractions else "a whole number"
-    if not math.isnan(value) and (low is None or value >= low) and (high is None or value <= high):
-        return None
-    if low is None and high is None:
-        return "a number"
-    return f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from torch import Tensor
 
 from pairdr.artefact import MANIFEST, hash_json, publish, read_manifest
 from pairdr.config import ModelConfig
-from pairdr.errors import ArtefactError, UsageError
+from pairdr.errors import ArtefactError
 from pairdr.records import Passage
 from pairdr.sources.minilm import find_minilm
 from pairdr.start import load_start
-from pairdr.tokens import Contract, Side, Tokens, plan_forwards
+from pairdr.tokens import TOKENS_PER_BATCH, Contract, Side, Tokens, plan_forwards, require_contract
 
 
 class DualEncoder:
@@ -58,7 +58,7 @@ class DualEncoder:
         name = find_minilm() if config.start == "minilm" else config.start
         if (Path(name) / MANIFEST).is_file():
             encoder = cls.open(name, device=config.device)
-            _require_contract(encoder, config, name)
+            require_contract(encoder.contract, encoder.temperature, config, name)
             return encoder
         return cls(*load_start(name, config))
 
@@ -170,20 +170,24 @@ class DualEncoder:
 
     @torch.inference_mode()
     def encode(
-        self, tokens: Sequence[Tokens], tokens_per_batch: int = 2048, side: Side | None = None
+        self, tokens: Sequence[Tokens], tokens_per_batch: int | None = None, side: Side | None = None
     ) -> npt.NDArray[np.float32]:
         """Return [n, D] fp32 vectors without a graph. The batch plan is a function of the texts alone."""
         self.model.eval()
+        device = self.model.device.type
+        budget = tokens_per_batch or TOKENS_PER_BATCH.get(device, TOKENS_PER_BATCH["cpu"])
         vectors = np.empty((len(tokens), self.contract.dimensions), dtype=np.float32)
-        for group in plan_forwards([len(t.input_ids) for t in tokens], tokens_per_batch, self.model.device.type):
+        for group in plan_forwards([len(t.input_ids) for t in tokens], budget, device):
             vectors[group] = self.embed([tokens[i] for i in group], side).float().cpu().numpy()
         return vectors
 
-    def encode_queries(self, texts: Sequence[str], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
+    def encode_queries(self, texts: Sequence[str], tokens_per_batch: int | None = None) -> npt.NDArray[np.float32]:
         """Return the [n, D] vectors of questions."""
         return self.encode(self.tokenize_queries(texts), tokens_per_batch, "query")
 
-    def encode_passages(self, passages: Sequence[Passage], tokens_per_batch: int = 2048) -> npt.NDArray[np.float32]:
+    def encode_passages(
+        self, passages: Sequence[Passage], tokens_per_batch: int | None = None
+    ) -> npt.NDArray[np.float32]:
         """Return the [n, D] vectors of passages."""
         return self.encode(self.tokenize_passages(passages), tokens_per_batch, "passage")
 
@@ -203,22 +207,6 @@ def _strip_padding(tokenizer: str) -> str:
     return json.dumps(
         {key: value for key, value in json.loads(tokenizer).items() if key not in ("truncation", "padding")}
     )
-
-
-def _require_contract(encoder: DualEncoder, config: ModelConfig, name: str) -> None:
-    """Refuse options that a saved model's contract does not have."""
-    plain = ModelConfig()
-    for option in fields(config):
-        asked = getattr(config, option.name)
-        if option.name in ("start", "device") or asked == getattr(plain, option.name):
-            continue
-        kept = encoder.temperature if option.name == "temperature" else getattr(encoder.contract, option.name, None)
-        if asked != kept:
-            raise UsageError(
-                f"Option {option.name} is {asked!r}, but this model was saved with {kept!r}.",
-                path=name,
-                remedy="Leave the option out, or start from the model that this one was made from.",
-            )
 
 
 def _describe(contract: Contract) -> str:

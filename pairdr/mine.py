@@ -28,7 +28,7 @@ from pairdr.lexical import LexicalIndex
 from pairdr.progress import show_progress
 from pairdr.records import Query, Run, Scored, positives_of, split_blocks
 from pairdr.search import rank_dense, rank_words
-from pairdr.vectors import KnownVectors, VectorStore
+from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
     from pairdr.encoder import DualEncoder
@@ -107,13 +107,12 @@ def mine_candidates(
         for name, blocks in rankings.items():
             _write_blocks(staging.path / f"{name}.arrow", name, blocks, len(query_ids))
         student, bm25 = (Run.open(staging.path / f"{name}.arrow") for name in rankings)
-        known = KnownVectors(collection, store)
         with write_run(staging.path / "merged.arrow") as add:
             for ids in split_blocks(query_ids, search.query_block):
                 vectors = encoder.encode_queries([collection.query(query_id).text for query_id in ids])  # [Q, D]
                 merged_ids = [merge_hits(student[query_id], bm25[query_id], config.depth) for query_id in ids]
                 triples = zip(ids, merged_ids, vectors, strict=True)
-                add(ids, [_score_hits(collection, q, found, vector, known) for q, found, vector in triples])
+                add(ids, [_score_hits(collection, q, found, vector, store) for q, found, vector in triples])
         merged = Run.open(staging.path / "merged.arrow")
         margins = config
         if encoder.contract.similarity != "cosine":
@@ -235,12 +234,12 @@ def merge_hits(first: Sequence[Scored], second: Sequence[Scored], most: int) -> 
 
 
 def _score_hits(
-    collection: Collection, query_id: str, passage_ids: list[str], vector: npt.NDArray[np.float32], known: KnownVectors
+    collection: Collection, query_id: str, passage_ids: list[str], vector: npt.NDArray[np.float32], store: VectorStore
 ) -> list[Scored]:
     """Return the hits with the student's scores; held-out passages are dropped unless the query is a dev one."""
     if query_id not in collection.qrels("dev"):
         passage_ids = [passage_id for passage_id in passage_ids if passage_id not in collection.held_out]
-    scores = known.take(passage_ids) @ vector
+    scores = store.take_passages(passage_ids) @ vector
     return [Scored(*hit) for hit in zip(passage_ids, scores.tolist(), strict=True)]
 
 

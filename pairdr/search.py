@@ -20,7 +20,7 @@ from pairdr.records import Passage, Query, Run, Scored, split_blocks
 from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
-    from pairdr.encoder import DualEncoder
+    from pairdr.backends import Encoder
 
 Mode = Literal["dense", "bm25", "hybrid"]
 WORK_FILE = "work.json"
@@ -35,7 +35,7 @@ class Hit(NamedTuple):
 
 
 def rank_dense(
-    queries: Iterable[Query], encoder: DualEncoder, store: VectorStore, config: SearchConfig
+    queries: Iterable[Query], encoder: Encoder, store: VectorStore, config: SearchConfig
 ) -> Iterator[tuple[list[str], list[list[Scored]]]]:
     """Yield blocks of query ids and their k best passages by vector, ties by (-score, id).
 
@@ -88,7 +88,7 @@ class Searcher:
     def __init__(
         self,
         collection: Collection,
-        encoder: DualEncoder,
+        encoder: Encoder,
         store: VectorStore,
         index: LexicalIndex,
         mode: Mode,
@@ -105,7 +105,7 @@ class Searcher:
         Raises:
             ArtefactError: there is no finished work folder, or its parts do not fit each other.
         """
-        from pairdr.encoder import DualEncoder
+        from pairdr.backends import open_encoder
 
         path = Path(work) / WORK_FILE
         if not path.is_file():
@@ -121,7 +121,7 @@ class Searcher:
         except (ValueError, KeyError, TypeError) as error:
             raise ArtefactError("The file cannot be read.", path=path, remedy="Run pairdr run again.") from error
         collection = open_collection(facts["collection"], DataConfig(**data))
-        encoder = DualEncoder.open(Path(work) / facts["model"])
+        encoder = open_encoder(Path(work) / facts["model"])
         store = VectorStore(Path(work) / facts["vectors"])
         store.require_encoder(encoder.fingerprint)
         if store.collection != collection.passages_fingerprint:
@@ -160,12 +160,12 @@ class Searcher:
 
 
 def _rank_vectors(
-    queries: Iterable[Query], encoder: DualEncoder, store: VectorStore, config: SearchConfig
+    queries: Iterable[Query], encoder: Encoder, store: VectorStore, config: SearchConfig
 ) -> Iterator[tuple[list[str], list[list[Scored]]]]:
     for block in split_blocks(queries, config.query_block):
         vectors = encoder.encode_queries([query.text for query in block])  # [Q, D]
-        k = min(config.k, store.count)
-        rows, scores = search_exact(vectors, store.read_blocks(config.passage_block), store.id_rank, k)
+        k = min(config.k, store.live)
+        rows, scores = search_exact(vectors, store.read_raw(config.passage_block), store.id_rank, k, store.alive)
         ids = store.ids_of(rows.reshape(-1))
         yield (
             [query.query_id for query in block],

@@ -38,7 +38,7 @@ from pairdr.teachers import (
     Teacher,
     load_dual_encoder,
 )
-from pairdr.vectors import KnownVectors, VectorStore
+from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,8 +114,7 @@ def choose_teacher(
     }
     candidates.require_collection(collection)
     with publish(output, "teacher", options=config.as_dict(), inputs=inputs) as staging:
-        known = KnownVectors(collection, store) if store is not None else None
-        base = DualEncoderTeacher(student, "student", _relative(student_folder, output), known)
+        base = DualEncoderTeacher(student, "student", _relative(student_folder, output), store)
         others: list[Teacher] = []
         if config.cross_encoder == "train":
             place = staging.path / "cross_encoder"

@@ -21,7 +21,7 @@ from pairdr.errors import UsageError
 from pairdr.fusion import standardise
 from pairdr.lexical import LexicalIndex
 from pairdr.records import Passage, Query
-from pairdr.vectors import KnownVectors, VectorStore
+from pairdr.vectors import VectorStore
 
 Scores = npt.NDArray[np.float64]
 
@@ -48,16 +48,16 @@ class DualEncoderTeacher:
     With `known`, vectors of the corpus by this encoder, passages are not encoded at all.
     """
 
-    def __init__(self, encoder: DualEncoder, name: str, source: str, known: KnownVectors | None = None) -> None:
+    def __init__(self, encoder: DualEncoder, name: str, source: str, known: VectorStore | None = None) -> None:
         self.encoder, self.name, self.source = encoder, name, source
-        self._known = known if known is not None and known.store.encoder == encoder.fingerprint else None
+        self._known = known if known is not None and known.encoder == encoder.fingerprint else None
         self._vectors: dict[str, npt.NDArray[np.float32]] = {}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
         """Return the similarities."""
         vectors = self.encoder.encode_queries([query.text for query in queries])  # [Q, D]
         passages = (
-            [self._known.take([p.passage_id for p in row]) for row in candidates]
+            [self._known.take_passages([p.passage_id for p in row]) for row in candidates]
             if self._known
             else self._encode(candidates)
         )  # [n, D] each
@@ -198,8 +198,7 @@ def load_teacher(
     if kind == "cross_encoder":
         return CrossEncoderTeacher(source, recipe["name"], model.device)
     if kind == "dual_encoder":
-        known = KnownVectors(collection, store) if store is not None else None
-        return DualEncoderTeacher(load_dual_encoder(source, model), recipe["name"], recipe["source"], known)
+        return DualEncoderTeacher(load_dual_encoder(source, model), recipe["name"], recipe["source"], store)
     raise UsageError(f"Unknown kind of teacher {kind!r}.", path=folder, remedy="Run pairdr teach again.")
 
 

@@ -6,13 +6,19 @@ Knows no model and no library that runs one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
+from pairdr.config import ModelConfig
+from pairdr.errors import UsageError
 from pairdr.records import Passage
 
 FORWARD_COST = {"cpu": 64, "cuda": 4096}
 """What a forward pass costs in padded tokens: its calls, and products that are too small. The GPU's is a guess."""
+
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
+"""Padded tokens of a pass that encodes, where nobody says otherwise. On a CPU passes that stay in a core's cache
+measured best; the GPU's is a guess."""
 
 Side = Literal["query", "passage"]
 
@@ -50,6 +56,26 @@ class Contract:
         if self.title == "segment":
             return [self.passage_prefix + (p.title or "-") for p in passages], [p.text for p in passages]
         return [self.passage_prefix + p.joined for p in passages], None
+
+
+def require_contract(contract: Contract, temperature: float, config: ModelConfig, name: str) -> None:
+    """Refuse options that a saved model's contract does not have.
+
+    Raises:
+        UsageError: naming the option, what was asked for and what the model has.
+    """
+    plain = ModelConfig()
+    for option in fields(config):
+        asked = getattr(config, option.name)
+        if option.name in ("start", "device") or asked == getattr(plain, option.name):
+            continue
+        kept = temperature if option.name == "temperature" else getattr(contract, option.name, None)
+        if asked != kept:
+            raise UsageError(
+                f"Option {option.name} is {asked!r}, but this model was saved with {kept!r}.",
+                path=name,
+                remedy="Leave the option out, or start from the model that this one was made from.",
+            )
 
 
 def plan_forwards(lengths: Sequence[int], tokens_per_forward: int, device: str = "cpu") -> list[list[int]]:

@@ -1,6 +1,14 @@
-"""The vector store: a folder of fp32 shards, the passage ids, and a manifest that names the encoder.
+"""The vector store: immutable shards, and a manifest that says which of their rows are the present version.
 
-Shard files are in the order of the collection; row i of all shards together is passage i.
+    manifest.json                        the present version: its shards, dead rows, encoder, sha256 of every file
+    shards/NAME.npy                      [n, D] vectors: float32, float16, or int8
+    shards/NAME.scales.npy               [n] what an int8 row is multiplied by
+    shards/NAME.arrow                    the rows: id, hash of the text, title, text
+    versions/00000003.{hashes,rows,rank,dead}.npy     which rows live, and where an id is
+
+A shard is named by what it was made from, so equal input has an equal name, and a shard that a killed call has
+finished is found again. A new version is new files and then one renamed manifest: a reader has the old version or the
+new one. Files that neither the present manifest nor the one before it names are removed by the next writer.
 """
 
 from __future__ import annotations
@@ -8,39 +16,124 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pairdr.artefact import read_manifest
-from pairdr.collection import Collection
+from pairdr.artefact import Manifest, read_manifest
 from pairdr.errors import ArtefactError
+from pairdr.ids import IdIndex, hash_text
+from pairdr.records import Passage
 
-ID_SCHEMA = pa.schema([("id", pa.large_string()), ("rank", pa.int64())])
+Dtype = Literal["float32", "float16", "int8"]
+Vectors = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+BLOCK = 8192
+SCHEMA = pa.schema(
+    [
+        ("id", pa.large_string()),
+        ("key", pa.uint64()),
+        ("hash", pa.uint64()),
+        ("title", pa.large_string()),
+        ("text", pa.large_string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows start .. start + count - 1 of a store."""
+
+    name: str
+    start: int
+    count: int
+
+
+def hash_passage(passage: Passage) -> int:
+    """Return a 64-bit hash of what a passage's vector is made of."""
+    return hash_text(f"{passage.title}\0{passage.text}")
+
+
+def to_float32(stored: npt.NDArray[Any], scales: Vectors | None = None) -> Vectors:
+    """Return [n, D] fp32 vectors of stored ones, times the [n] scales of int8 ones."""
+    if scales is not None:
+        found: Vectors = np.multiply(stored, scales[:, None], dtype=np.float32)
+        return found
+    return stored.astype(np.float32, copy=False)
+
+
+def to_stored(vectors: Vectors, dtype: Dtype) -> tuple[npt.NDArray[Any], Vectors | None]:
+    """Return [n, D] vectors as they are stored, and the [n] scales of int8 ones: the largest number becomes 127."""
+    if dtype != "int8":
+        return vectors.astype(dtype, copy=False), None
+    largest = np.abs(vectors).max(axis=1, initial=0)
+    scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    return np.rint(vectors / scales[:, None]).astype(np.int8), scales
 
 
 class VectorStore:
-    """Vectors of one corpus by one encoder, memory-mapped.
+    """One version of the vectors of a corpus by one encoder, memory-mapped.
 
     Attributes:
-        count: N.
+        count: N rows, dead ones among them.
+        alive: [N] which rows are not deleted; None where all are alive.
         dimensions: D.
+        dtype: float32, float16 or int8.
+        similarity: cosine or dot.
+        version: counts up.
+        fingerprint: of the content.
         encoder: fingerprint of the model that made the vectors.
-        collection: fingerprint of the corpus.
+        collection: fingerprint of the corpus that they were last made equal to; a hash of its own after other changes.
+        shards: its parts, in the order of rows.
+        id_rank: [N] place of each row's id in the order of all ids.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        manifest = read_manifest(folder, "vectors")
-        self.folder, self.fingerprint = Path(folder), manifest.fingerprint
-        self.count, self.dimensions = int(manifest.facts["count"]), int(manifest.facts["dimensions"])
-        self.encoder, self.collection = str(manifest.inputs["encoder"]), str(manifest.inputs["passages"])
-        names = sorted(name for name in manifest.files if name.endswith(".npy"))
-        self._shards = [np.load(self.folder / name, mmap_mode="r", allow_pickle=False) for name in names]
-        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
-        with pa.memory_map(str(self.folder / "ids.arrow")) as source:
-            self._ids = pa.ipc.open_file(source).read_all()
-        self.id_rank: npt.NDArray[np.int64] = self._ids.column("rank").to_numpy()
+        self.folder = Path(folder)
+        while True:
+            manifest = read_manifest(folder, "vectors")
+            try:
+                self._open(manifest)
+                return
+            except FileNotFoundError:  # a newer version, and a writer that has cleared this one away
+                if read_manifest(folder, "vectors").fingerprint == manifest.fingerprint:
+                    raise
+
+    def _open(self, manifest: Manifest) -> None:
+        facts = manifest.facts
+        if "shards" not in facts:
+            raise ArtefactError(
+                "These vectors were written by an earlier version.", path=self.folder, remedy="Run pairdr encode again."
+            )
+        self.manifest, self.fingerprint = manifest, manifest.fingerprint
+        self.count, self.dimensions, self.version = facts["count"], facts["dimensions"], facts["version"]
+        self.dtype: Dtype = facts["dtype"]
+        self.similarity = str(facts["similarity"])
+        self.encoder, self.collection = manifest.inputs["encoder"], manifest.inputs["passages"]
+        self._starts: Rows = np.cumsum([0, *(count for _, count in facts["shards"])])
+        self.shards = [Shard(name, int(at), n) for (name, n), at in zip(facts["shards"], self._starts, strict=False)]
+        folder = self.folder / "shards"
+        self._vectors = [np.load(folder / f"{shard.name}.npy", mmap_mode="r") for shard in self.shards]
+        self._scales = [
+            np.load(folder / f"{shard.name}.scales.npy", mmap_mode="r") if self.dtype == "int8" else None
+            for shard in self.shards
+        ]
+        self._tables = [map_table(folder / f"{shard.name}.arrow") for shard in self.shards]
+        ids = pa.chunked_array([chunk for t in self._tables for chunk in t["id"].chunks], pa.large_string())
+        self._index = IdIndex(self.folder / "versions", f"{self.version:08d}", ids)
+        self.id_rank = self._index.rank
+        dead = np.load(self.folder / "versions" / f"{self.version:08d}.dead.npy", allow_pickle=False)
+        self.alive: npt.NDArray[np.bool_] | None = None
+        if len(dead):
+            self.alive = np.ones(self.count, dtype=np.bool_)
+            self.alive[dead] = False
+
+    @property
+    def live(self) -> int:
+        """Return how many passages there are."""
+        return self.count if self.alive is None else int(self.alive.sum())
 
     def require_encoder(self, fingerprint: str) -> None:
         """Refuse vectors of another model, prefix or length.
@@ -55,34 +148,70 @@ class VectorStore:
                 remedy="Run pairdr encode with this model.",
             )
 
-    def ids_of(self, rows: npt.NDArray[np.int64]) -> list[str]:
+    def rows_of(self, passage_ids: Sequence[str]) -> Rows:
+        """Return the row of each id [n], -1 where no passage has it."""
+        return self._index.find_rows(passage_ids)
+
+    def ids_of(self, rows: Rows) -> list[str]:
         """Return the passage ids of rows."""
-        return list(self._ids.column("id").take(pa.array(rows)).to_pylist())
+        return [str(row[0]) for row in self._take_columns(rows, ("id",))]
 
-    def read_blocks(self, size: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Yield (first row, [n, D] vectors) in order; a block never spans two shards."""
-        for start, shard in zip(self._starts[:-1], self._shards, strict=True):
-            for at in range(0, len(shard), size):
-                yield int(start) + at, shard[at : at + size]
+    def passages_of(self, rows: Rows) -> list[Passage]:
+        """Return the passages of rows."""
+        return [Passage(*row) for row in self._take_columns(rows, ("id", "title", "text"))]
 
-    def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Return [n, D] vectors of rows."""
+    def hashes_of(self, rows: Rows) -> npt.NDArray[np.uint64]:
+        """Return `hash_passage` of rows."""
+        return np.array([row[0] for row in self._take_columns(rows, ("hash",))], dtype=np.uint64)
+
+    def read_raw(self, size: int = BLOCK) -> Iterator[tuple[int, npt.NDArray[Any], Vectors | None]]:
+        """Yield (first row, [n, D] vectors as stored, their [n] scales) in order; a block never spans two shards."""
+        for shard, vectors, scales in zip(self.shards, self._vectors, self._scales, strict=True):
+            for at in range(0, shard.count, size):
+                part = slice(at, at + size)
+                yield shard.start + at, vectors[part], None if scales is None else scales[part]
+
+    def read_blocks(self, size: int = BLOCK) -> Iterator[tuple[int, Vectors]]:
+        """Yield (first row, [n, D] fp32 vectors) in order, dead rows among them."""
+        for start, stored, scales in self.read_raw(size):
+            yield start, to_float32(stored, scales)
+
+    def read_passages(self, size: int = BLOCK) -> Iterator[list[Passage]]:
+        """Yield the live passages in the order of rows, a block at a time."""
+        for start in range(0, self.count, size):
+            rows: Rows = np.arange(start, min(start + size, self.count), dtype=np.int64)
+            yield self.passages_of(rows if self.alive is None else rows[self.alive[rows]])
+
+    def take(self, rows: Rows) -> Vectors:
+        """Return [n, D] fp32 vectors of rows."""
         taken = np.empty((len(rows), self.dimensions), dtype=np.float32)
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(shard_of):
-            here = shard_of == number
-            taken[here] = self._shards[number][rows[here] - self._starts[number]]
+        for number, here in self._split(rows):
+            places, scales = rows[here] - self._starts[number], self._scales[number]
+            taken[here] = to_float32(self._vectors[number][places], None if scales is None else scales[places])
         return taken
 
+    def take_passages(self, passage_ids: Sequence[str]) -> Vectors:
+        """Return the [n, D] fp32 vectors of passages by id; all of them have to be there."""
+        return self.take(self.rows_of(passage_ids))
 
-@dataclass(frozen=True)
-class KnownVectors:
-    """Vectors of a corpus that are there already, by passage id."""
+    def _take_columns(self, rows: Rows, names: tuple[str, ...]) -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = [()] * len(rows)
+        for number, here in self._split(rows):
+            places = pa.array(rows[here] - self._starts[number])
+            part = self._tables[number].select(names).take(places)
+            columns = (part[name].to_pylist() for name in names)
+            for at, row in zip(here.tolist(), zip(*columns, strict=True), strict=True):
+                found[at] = row
+        return found
 
-    collection: Collection
-    store: VectorStore
+    def _split(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
+        """Yield the number of each shard that some rows are in, and the places of these in `rows`."""
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(shard_of).tolist():
+            yield number, np.flatnonzero(shard_of == number)
 
-    def take(self, passage_ids: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Return the [n, D] vectors of passages."""
-        rows = [self.collection.passages.row_of(passage_id) for passage_id in passage_ids]
-        return self.store.take(np.array(rows, dtype=np.int64))
+
+def map_table(path: Path) -> pa.Table:
+    """Return the memory-mapped rows of a shard."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()

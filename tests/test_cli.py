@@ -19,13 +19,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from pairdr import commands, pipeline
+from pairdr import commands, pipeline, store_commands
 from pairdr.artefact import read_manifest
 from pairdr.cli import main
 from pairdr.config import Options, RunConfig
 from pairdr.formats import Examples
 
-COMMANDS = ("run", "demo", "check", "mine", "teach", "label", "train", "encode", "search", "evaluate", "verify")
+COMMANDS = (
+    *("run", "demo", "check", "mine", "teach", "label", "train", "encode", "search", "evaluate", "verify"),
+    *("upsert", "delete", "compact", "export", "index"),
+)
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = {"p1": "The Lune is a river.", "p2": "A market on Monday.", "p3": "An old bridge."}
 QUERIES = {"t1": "which river", "t2": "which market", "d1": "which bridge", "e1": "what is old"}
@@ -370,8 +373,10 @@ def test_a_full_disk_keeps_what_was_there(
     arguments = ("encode", folder, "-o", tmp_path / "vectors", "--start", tiny_model)
     assert call(*arguments)[0] == 0
     before = read_manifest(tmp_path / "vectors").fingerprint
+    with (folder / "corpus.jsonl").open("a", encoding="utf-8") as corpus:
+        corpus.write('\n{"_id": "one-more", "text": "a passage that has no vector yet"}\n')
     monkeypatch.setattr(np, "save", refuse_to_write)
-    sentence = fail(1, *arguments, "--shard-size", "2")
+    sentence = fail(1, *arguments)
     assert sentence.startswith(f"{tmp_path / 'vectors'}: Writing failed: No space left on device. Free some space")
     assert read_manifest(tmp_path / "vectors").fingerprint == before
 
@@ -707,6 +712,9 @@ def test_the_version_is_printed(call: Call) -> None:
 
 def test_every_command_is_listed_here(call: Call) -> None:
     public = {
-        name for name, value in vars(commands).items() if callable(value) and value.__module__ == commands.__name__
+        name
+        for module in (commands, store_commands)
+        for name, value in vars(module).items()
+        if callable(value) and value.__module__ == module.__name__
     }
     assert {name for name in public if not name.startswith("_")} == set(COMMANDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,13 +18,11 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 
-from pairdr.artefact import hash_file, publish, read_manifest, verify_artefact
-from pairdr.collection import Collection, open_collection
-from pairdr.config import EncodeConfig, ModelConfig
+from pairdr.artefact import publish, read_manifest
+from pairdr.config import ModelConfig
 from pairdr.dropout import use_dropout
-from pairdr.encode import encode_corpus
 from pairdr.encoder import DualEncoder
-from pairdr.errors import ArtefactError, PairdrError, RefusedError, UsageError
+from pairdr.errors import ArtefactError, RefusedError, UsageError
 from pairdr.records import Passage
 from pairdr.start import is_retriever
 from pairdr.tokens import FORWARD_COST, plan_forwards
@@ -438,166 +435,6 @@ def test_a_saved_model_with_cut_weights_is_refused(tmp_path: Path, tiny_model: P
     os.truncate(folder / "model.safetensors", 1000)
     with pytest.raises(ArtefactError, match=r"model\.safetensors has 1000 bytes"):
         load(folder)
-
-
-# --- the vectors of a corpus ------------------------------------------------------------------------------------------
-
-SHARDS = EncodeConfig(shard_size=50)  # the 120 passages of the toy data make 3
-
-
-@pytest.fixture
-def data(toy: Path) -> Collection:
-    """Return the toy data."""
-    return open_collection(toy)
-
-
-@pytest.fixture
-def encoder(tiny_model: Path) -> DualEncoder:
-    """Return the tiny model."""
-    return load(tiny_model)
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that grows by the first passage of every shard that is encoded."""
-    calls: list[str] = []
-    encode_passages = DualEncoder.encode_passages
-
-    def counted(self: DualEncoder, passages: list[Passage], tokens_per_batch: int) -> np.ndarray:
-        calls.append(passages[0].passage_id)
-        return encode_passages(self, passages, tokens_per_batch)
-
-    monkeypatch.setattr(DualEncoder, "encode_passages", counted)
-    return calls
-
-
-def hash_vectors(folder: Path) -> list[str]:
-    return [hash_file(path) for path in sorted(folder.glob("*.npy"))]
-
-
-def interrupt_after(shards: int, folder: Path, data: Collection, encoder: DualEncoder, calls: list[str]) -> Path:
-    """Encode so many shards, stop, and return the unfinished folder."""
-    encode_passages = DualEncoder.encode_passages
-
-    def stop(self: DualEncoder, passages: list[Passage], tokens_per_batch: int) -> np.ndarray:
-        if len(calls) == shards:
-            raise KeyboardInterrupt
-        return encode_passages(self, passages, tokens_per_batch)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DualEncoder, "encode_passages", stop)
-        encode_corpus(data, encoder, SHARDS, folder)
-    assert not folder.exists()
-    calls.clear()
-    (unfinished,) = folder.parent.glob(f".{folder.name}.*.partial")
-    return unfinished
-
-
-def test_the_store_holds_the_vector_of_every_passage_in_order(
-    tmp_path: Path, data: Collection, encoder: DualEncoder
-) -> None:
-    store = encode_corpus(data, encoder, SHARDS, tmp_path / "v")
-    passages = [passage for block in data.read_passages() for passage in block]
-    rows = np.arange(120)
-    assert (store.count, store.dimensions, store.collection) == (120, 32, data.passages_fingerprint)
-    assert store.ids_of(rows) == [passage.passage_id for passage in passages]
-    assert store.id_rank.tolist() == np.asarray(data.passages.id_rank).tolist()
-    assert store.take(rows) == pytest.approx(encoder.encode_passages(passages), abs=1e-6)
-    assert sorted(path.name for path in (tmp_path / "v").iterdir()) == [
-        "00000.npy", "00001.npy", "00002.npy", "ids.arrow", "manifest.json",
-    ]  # fmt: skip
-
-
-def test_a_second_run_gives_the_same_bytes(tmp_path: Path, data: Collection, encoder: DualEncoder) -> None:
-    first = encode_corpus(data, encoder, SHARDS, tmp_path / "a")
-    second = encode_corpus(data, encoder, SHARDS, tmp_path / "b")
-    assert hash_vectors(tmp_path / "a") == hash_vectors(tmp_path / "b")
-    assert first.fingerprint == second.fingerprint
-
-
-def test_an_interrupted_run_goes_on_behind_its_finished_shards(
-    tmp_path: Path, data: Collection, encoder: DualEncoder, encoded: list[str]
-) -> None:
-    encode_corpus(data, encoder, SHARDS, tmp_path / "whole")
-    third = encoded[2]
-    encoded.clear()
-    interrupt_after(2, tmp_path / "v", data, encoder, encoded)
-    encode_corpus(data, encoder, SHARDS, tmp_path / "v")
-    assert encoded == [third]
-    assert hash_vectors(tmp_path / "v") == hash_vectors(tmp_path / "whole")
-
-
-def test_a_damaged_shard_of_an_interrupted_run_is_made_again(
-    tmp_path: Path, data: Collection, encoder: DualEncoder, encoded: list[str]
-) -> None:
-    encode_corpus(data, encoder, SHARDS, tmp_path / "whole")
-    first, _, third = encoded
-    encoded.clear()
-    unfinished = interrupt_after(2, tmp_path / "v", data, encoder, encoded)
-    with (unfinished / "00000.npy").open("rb+") as stream:
-        stream.seek(-1, os.SEEK_END)
-        stream.write(b"\x7f")
-    encode_corpus(data, encoder, SHARDS, tmp_path / "v")
-    assert encoded == [first, third]
-    assert hash_vectors(tmp_path / "v") == hash_vectors(tmp_path / "whole")
-
-
-def test_the_shards_of_another_model_are_not_taken_up(
-    tmp_path: Path, data: Collection, encoder: DualEncoder, tiny_model: Path, encoded: list[str]
-) -> None:
-    interrupt_after(2, tmp_path / "v", data, encoder, encoded)
-    encode_corpus(data, load(tiny_model, passage_prefix="town "), SHARDS, tmp_path / "v")
-    assert len(encoded) == 3
-
-
-def test_vectors_of_another_contract_are_refused(
-    tmp_path: Path, data: Collection, encoder: DualEncoder, tiny_model: Path
-) -> None:
-    store = encode_corpus(data, encoder, SHARDS, tmp_path / "v")
-    store.require_encoder(load(tiny_model).fingerprint)
-    with pytest.raises(ArtefactError, match=r"made by encoder .* not by .*pairdr encode"):
-        store.require_encoder(load(tiny_model, query_prefix="q ").fingerprint)
-
-
-def test_vectors_that_are_not_finite_are_refused_with_their_passage(
-    tmp_path: Path, data: Collection, encoder: DualEncoder
-) -> None:
-    bad = data.passage_at(60).passage_id
-    word = encoder.model.tokenizer.convert_tokens_to_ids(bad.split("-")[0])
-    with torch.no_grad():
-        encoder.model[0].model.embeddings.word_embeddings.weight[word] = torch.nan
-    named = [passage.passage_id for block in data.read_passages() for passage in block
-             if word in encoder.tokenize_passages([passage])[0].input_ids]  # fmt: skip
-    with pytest.raises(PairdrError, match=f"vector of passage '{named[0]}' is not finite"):
-        encode_corpus(data, encoder, SHARDS, tmp_path / "v")
-    assert not (tmp_path / "v").exists()
-
-
-def test_a_flipped_bit_in_the_vectors_is_found(tmp_path: Path, data: Collection, encoder: DualEncoder) -> None:
-    encode_corpus(data, encoder, SHARDS, tmp_path / "v")
-    verify_artefact(tmp_path / "v")
-    with (tmp_path / "v" / "00001.npy").open("rb+") as stream:
-        stream.seek(-1, os.SEEK_END)
-        stream.write(b"\x7f")
-    with pytest.raises(ArtefactError, match=r"00001\.npy is not the file that was written"):
-        verify_artefact(tmp_path / "v")
-
-
-def test_the_manifest_names_encoder_similarity_and_sizes(
-    tmp_path: Path, data: Collection, encoder: DualEncoder
-) -> None:
-    encode_corpus(data, encoder, SHARDS, tmp_path / "v")
-    manifest = json.loads((tmp_path / "v" / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["inputs"] == {"passages": data.passages_fingerprint, "encoder": encoder.fingerprint}
-    assert manifest["facts"] == {"count": 120, "dimensions": 32, "dtype": "float32", "similarity": "cosine"}
-
-
-def test_the_tokens_of_a_batch_do_not_change_the_stored_vectors(
-    tmp_path: Path, data: Collection, encoder: DualEncoder
-) -> None:
-    rows = np.arange(120)
-    small = encode_corpus(data, encoder, EncodeConfig(tokens_per_batch=64), tmp_path / "small").take(rows)
-    assert small == pytest.approx(encode_corpus(data, encoder, SHARDS, tmp_path / "large").take(rows), abs=1e-6)
 
 
 @pytest.mark.parametrize(

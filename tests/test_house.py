@@ -19,21 +19,24 @@ PACKAGE = ROOT / "pairdr"
 
 # A module imports only from rooms named before its own. A folder is one room: its files may share a contract.
 ROOMS = (
-    *("errors", "records", "config", "formats", "artefact", "progress", "collection", "sources", "measures", "fusion"),
+    *("errors", "records", "options", "config", "formats", "artefact", "progress", "ids", "collection", "sources"),
+    *("measures", "fusion"),
     *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
-    *("tokens", "start", "encoder", "vectors", "indexes", "lexical", "teachers"),
+    *("tokens", "start", "encoder", "backends", "vectors", "versions", "indexes", "lexical", "teachers"),
     *("batches", "objective", "tuning", "checkpoint", "watch", "loop"),
-    *("check", "costs", "encode", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
-    *("table", "work", "makers", "steps", "pipeline", "commands", "cli", "__main__", "__init__"),
+    *("check", "costs", "encode", "index", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
+    *("gate", "export"),
+    *("table", "work", "makers", "steps", "pipeline", "commands", "store_commands", "cli", "__main__", "__init__"),
 )
 
 # None of these may load torch when it is imported.
 LIGHT = (
-    *("errors", "records", "config", "formats", "artefact", "collection", "tokens", "vectors", "lexical", "measures"),
-    *("check", "mine", "evaluate", "indexes.exact"),
+    *("errors", "records", "options", "config", "formats", "artefact", "collection", "tokens", "vectors", "versions"),
+    *("lexical", "measures", "check", "encode", "mine", "evaluate", "index", "indexes.exact", "indexes.faiss"),
+    *("backends", "backends.exported", "backends.onnx", "backends.openvino", "gate"),
 )
 
-LOCKED_EXTRAS = ("demo", "train", "dev")
+LOCKED_EXTRAS = ("demo", "train", "faiss", "onnx", "openvino", "dev")
 LOCK_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9][A-Za-z0-9.]*)")
 MOST_LINES = 400
 

@@ -473,8 +473,8 @@ def test_the_demo_builds_its_data_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_search_takes_queries_and_passages_in_blocks(toy_parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    read = VectorStore.read_blocks
-    monkeypatch.setattr(VectorStore, "read_blocks", lambda self, size: sizes.append(size) or read(self, size))
+    read = VectorStore.read_raw
+    monkeypatch.setattr(VectorStore, "read_raw", lambda self, size: sizes.append(size) or read(self, size))
     queries = [toy_parts.collection.query(query_id) for query_id in toy_parts.collection.qrels("test")]
     config = SearchConfig(query_block=10, passage_block=50)
     assert [len(ids) for ids, _ in rank_dense(queries, toy_parts.encoder, toy_parts.store, config)] == [10, 10, 4]

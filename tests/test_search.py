@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from pairdr.artefact import publish, verify_artefact
+from pairdr.artefact import verify_artefact
 from pairdr.collection import Collection, open_collection
 from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig, SearchConfig
 from pairdr.encode import encode_corpus
@@ -22,72 +20,13 @@ from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.formats import read_run
 from pairdr.fusion import cross_fit, fuse_runs, list_weights, standardise, tune_run_weights, tune_weights
-from pairdr.indexes.exact import search_exact, select_top
 from pairdr.lexical import LexicalIndex, Tokenizer, index_words
 from pairdr.records import Query, Run
 from pairdr.search import Searcher, rank_dense, rank_words, write_search
-from pairdr.vectors import ID_SCHEMA, VectorStore
-
-# Whole numbers: their inner products are exact, so equal vectors have equal scores whatever the block's shape.
-WHOLE = st.integers(-3, 3).map(float)
-
-# --- exact top k ------------------------------------------------------------------------------------------------------
 
 
 def sort_by_hand(scores: np.ndarray, id_rank: np.ndarray, k: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda row: (-scores[row], id_rank[row]))[:k]
-
-
-@st.composite
-def corpora(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw queries, passages (few different ones, so that there are many ties) and the rank of the ids."""
-    count, size = draw(st.integers(1, 24)), draw(st.integers(1, 3))
-    queries = draw(arrays(np.float32, (draw(st.integers(1, 4)), size), elements=WHOLE))
-    distinct = draw(arrays(np.float32, (draw(st.integers(1, 4)), size), elements=WHOLE))
-    chosen = draw(st.lists(st.integers(0, len(distinct) - 1), min_size=count, max_size=count))
-    return queries, distinct[chosen], np.array(draw(st.permutations(range(count))), dtype=np.int64)
-
-
-def in_blocks(vectors: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
-    return [(start, vectors[start : start + size]) for start in range(0, len(vectors), size)]
-
-
-@given(corpora(), st.integers(1, 30), st.integers(1, 25))
-def test_exact_search_is_brute_force_with_ties_by_id(
-    drawn: tuple[np.ndarray, np.ndarray, np.ndarray], k: int, block: int
-) -> None:
-    queries, vectors, id_rank = drawn
-    rows, scores = search_exact(queries, in_blocks(vectors, block), id_rank, k)
-    assert rows.shape == scores.shape == (len(queries), k)
-    for query, found_rows, found_scores in zip(queries, rows, scores, strict=True):
-        expected = sort_by_hand(vectors @ query, id_rank, k)
-        lacking = k - len(expected)
-        assert found_rows.tolist() == expected + [-1] * lacking
-        assert found_scores.tolist() == [*(vectors[expected] @ query).tolist(), *[-math.inf] * lacking]
-
-
-@given(
-    st.lists(st.lists(WHOLE, min_size=9, max_size=9), min_size=1, max_size=3), st.permutations(range(9)),
-    st.integers(1, 12),
-)  # fmt: skip
-def test_select_top_is_the_best_k_with_ties_at_the_border_by_id(
-    values: list[list[float]], ranks: Sequence[int], k: int
-) -> None:
-    scores, id_rank = np.array(values, dtype=np.float32), np.array(ranks, dtype=np.int64)
-    places = select_top(scores, id_rank, k)
-    assert places.shape == (len(scores), min(k, 9))
-    for row, found in zip(scores, places, strict=True):
-        assert sorted(found.tolist()) == sorted(sort_by_hand(row, id_rank, k))
-
-
-def test_exact_search_finds_the_best_of_many_random_vectors() -> None:
-    generator = np.random.default_rng(13)
-    queries = generator.standard_normal((5, 16)).astype(np.float32)
-    vectors = generator.standard_normal((1000, 16)).astype(np.float32)
-    rows, scores = search_exact(queries, in_blocks(vectors, 300), np.arange(1000), 10)
-    exact = queries.astype(np.float64) @ vectors.T.astype(np.float64)
-    assert rows.tolist() == np.argsort(-exact, axis=1)[:, :10].tolist()
-    assert scores == pytest.approx(-np.sort(-exact, axis=1)[:, :10], abs=1e-4)
 
 
 # --- BM25 -------------------------------------------------------------------------------------------------------------
@@ -287,61 +226,6 @@ def test_a_fusion_is_judged_on_queries_that_did_not_choose_its_weights() -> None
     # The first system is right on the first query alone, the second on the second: each half chooses the wrong one.
     values, _ = cross_fit([[right, wrong], [wrong, right]], truth)
     assert values.tolist() == [0.5, 0.5]
-
-
-# --- the vector store -------------------------------------------------------------------------------------------------
-
-
-def make_store(folder: Path, shards: Sequence[np.ndarray]) -> VectorStore:
-    """Publish vectors as encode does, with the ids n0, n1, ... backwards."""
-    count = sum(map(len, shards))
-    ids = [f"n{count - 1 - row:03d}" for row in range(count)]
-    with publish(folder, "vectors", options={}, inputs={"encoder": "e" * 64, "passages": "p" * 64}) as staging:
-        for number, shard in enumerate(shards):
-            np.save(staging.path / f"{number:05d}.npy", shard)
-        arrays_ = [pa.array(ids, pa.large_string()), pa.array(np.arange(count)[::-1].copy())]
-        with pa.OSFile(str(staging.path / "ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, ID_SCHEMA) as writer:
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays_, schema=ID_SCHEMA))
-        staging.facts |= {"count": count, "dimensions": 2}
-    return VectorStore(folder)
-
-
-@pytest.fixture
-def shards() -> list[np.ndarray]:
-    """Return three shards of 5, 1 and 3 vectors."""
-    vectors = np.arange(18, dtype=np.float32).reshape(9, 2)
-    return [vectors[:5], vectors[5:6], vectors[6:]]
-
-
-@pytest.mark.parametrize("rows", [[], [8], [0, 5, 8], [7, 2, 5, 2, 6, 4, 0]])
-def test_vectors_and_ids_are_taken_by_row_in_any_order(
-    tmp_path: Path, shards: list[np.ndarray], rows: list[int]
-) -> None:
-    store, places = make_store(tmp_path / "v", shards), np.array(rows, dtype=np.int64)
-    assert store.take(places).tolist() == np.concatenate(shards)[places].tolist()
-    assert store.ids_of(places) == [f"n{8 - row:03d}" for row in rows]
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 100])
-def test_blocks_cover_all_vectors_in_order(tmp_path: Path, shards: list[np.ndarray], size: int) -> None:
-    blocks = list(make_store(tmp_path / "v", shards).read_blocks(size))
-    assert [start for start, _ in blocks] == np.cumsum([0, *(len(block) for _, block in blocks[:-1])]).tolist()
-    assert np.concatenate([block for _, block in blocks]).tolist() == np.concatenate(shards).tolist()
-    assert max(len(block) for _, block in blocks) <= size
-
-
-def test_a_search_over_a_store_breaks_ties_by_its_ids(tmp_path: Path) -> None:
-    same = np.ones((2, 2), dtype=np.float32)
-    store = make_store(tmp_path / "v", [same, same])
-    rows, _ = search_exact(same[:1], store.read_blocks(1), store.id_rank, 3)
-    assert store.ids_of(rows[0]) == ["n000", "n001", "n002"]
-
-
-def test_vectors_of_another_encoder_are_refused_with_both_names(tmp_path: Path, shards: list[np.ndarray]) -> None:
-    store = make_store(tmp_path / "v", shards)
-    store.require_encoder("e" * 64)
-    with pytest.raises(ArtefactError, match="made by encoder eeeeeeeeeeee, not by ffffffffffff"):
-        store.require_encoder("f" * 64)
 
 
 # --- ranked questions -------------------------------------------------------------------------------------------------

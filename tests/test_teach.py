@@ -35,7 +35,6 @@ from pairdr.teachers import (
     load_dual_encoder,
     load_teacher,
 )
-from pairdr.vectors import KnownVectors
 
 if TYPE_CHECKING:
     from conftest import Parts
@@ -77,8 +76,7 @@ def make_guessing(seed: int, name: str = "guessing") -> FakeTeacher:
 def judge(parts: Parts, *others: Teacher, student: Teacher | None = None, **options: Any) -> TeachResult:
     """Judge teachers against the student; BM25 guesses unless it is among the others."""
     config = TeachConfig(**{"fusion": False, "rerank_depth": 120} | options)
-    known = KnownVectors(parts.collection, parts.store)
-    base = student or DualEncoderTeacher(parts.encoder, "student", str(parts.start), known)
+    base = student or DualEncoderTeacher(parts.encoder, "student", str(parts.start), parts.store)
     return judge_teachers(parts.collection, base, make_guessing(0, "bm25"), others, parts.candidates, config)
 
 
@@ -248,8 +246,7 @@ def test_a_teacher_that_guesses_is_refused_with_both_numbers(toy_parts: Parts) -
 
 
 def test_the_student_does_not_beat_itself(toy_parts: Parts) -> None:
-    known = KnownVectors(toy_parts.collection, toy_parts.store)
-    result = judge(toy_parts, DualEncoderTeacher(toy_parts.encoder, "twin", str(toy_parts.start), known))
+    result = judge(toy_parts, DualEncoderTeacher(toy_parts.encoder, "twin", str(toy_parts.start), toy_parts.store))
     assert result.verdicts[-1].rr10 == result.verdicts[0].rr10
     assert result.verdicts[-1].p_value == 1.0
     assert not result.accepted

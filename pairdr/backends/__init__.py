@@ -1,0 +1,101 @@
+"""Texts to vectors, by whatever runs the model: one contract, a few implementations.
+
+| kind of folder | implementation | runs |
+|---|---|---|
+| model | `pairdr.encoder.DualEncoder` | torch, on any device: the reference that all others are measured against |
+| exported, onnx | `exported.ExportedEncoder` over `onnx` | onnxruntime, on a CPU |
+| exported, openvino | `exported.ExportedEncoder` over `openvino` | OpenVINO, on a CPU |
+
+The exported ones load neither torch nor transformers. This module holds the contract alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pairdr.artefact import MANIFEST, read_manifest
+from pairdr.config import ModelConfig
+from pairdr.errors import ArtefactError, UsageError
+from pairdr.records import Passage
+from pairdr.tokens import Contract, require_contract
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+class Encoder(Protocol):
+    """What encodes texts: equal fingerprints mean equal vectors.
+
+    `tokens_per_batch` is the most padded tokens of a forward pass; None leaves it to the implementation.
+    """
+
+    @property
+    def contract(self) -> Contract:
+        """Return prefixes, lengths, pooling, similarity, dimensions D."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of all that decides the vectors."""
+
+    def encode_queries(self, texts: Sequence[str], tokens_per_batch: int | None = None) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of questions."""
+
+    def encode_passages(
+        self, passages: Sequence[Passage], tokens_per_batch: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of passages."""
+
+
+def open_encoder(folder: str | Path, device: str | None = None) -> Encoder:
+    """Open a model that pairdr saved or exported.
+
+    Args:
+        folder: where it stands.
+        device: cpu, cuda, ...; unset picks the best there is. An exported model runs on a CPU.
+
+    Raises:
+        ArtefactError: the folder is missing, broken or holds something else.
+        UsageError: an exported model and another device.
+        MissingExtraError: the package that runs an exported model is not installed.
+    """
+    kind = read_manifest(folder).kind
+    if kind == "model":
+        from pairdr.encoder import DualEncoder
+
+        return DualEncoder.open(folder, device=device)
+    if kind != "exported":
+        raise ArtefactError(f"This folder holds {kind!r}, not a model.", path=folder, remedy="Name a model's folder.")
+    if device not in (None, "cpu"):
+        raise UsageError(
+            f"An exported model runs on a CPU, not on {device!r}.",
+            path=folder,
+            remedy="Leave --device out, or name the model that it was exported from.",
+        )
+    from pairdr.backends.exported import ExportedEncoder
+
+    return ExportedEncoder.open(folder)
+
+
+def load_encoder(config: ModelConfig) -> Encoder:
+    """Load the model that options name: an exported folder, or whatever `DualEncoder.load` takes.
+
+    Raises:
+        UsageError: no model there, or options that it was not made with.
+        ArtefactError: an exported folder that is broken.
+    """
+    if not is_exported(config.start):
+        from pairdr.encoder import DualEncoder
+
+        return DualEncoder.load(config)
+    encoder = open_encoder(config.start, config.device)
+    temperature = read_manifest(config.start).facts["temperature"]
+    require_contract(encoder.contract, temperature, config, config.start)
+    return encoder
+
+
+def is_exported(start: str) -> bool:
+    """Return whether a start model is an exported one, which needs no torch."""
+    return (Path(start) / MANIFEST).is_file() and read_manifest(start).kind == "exported"

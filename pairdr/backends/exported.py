@@ -1,0 +1,149 @@
+"""An exported model: a graph, a tokenizer and the contract, run without torch.
+
+Texts are tokenised a window at a time by a thread of their own while the window before is computed. A window's texts
+are grouped by length into passes of about a thousand tokens, which stay in a core's cache, and every core computes
+passes of its own on one thread: none waits for another, and a pass gives the same bytes whatever the number of cores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pairdr.artefact import hash_file, hash_json, read_manifest
+from pairdr.backends.texts import Arrays, TextReader, pad_tokens
+from pairdr.errors import ArtefactError, PairdrError
+from pairdr.records import Passage
+from pairdr.tokens import TOKENS_PER_BATCH, Contract, Tokens, plan_forwards
+
+TOKENIZER = "tokenizer.json"
+WINDOW = 4096
+"""Texts that are tokenised and planned together."""
+
+Vectors = npt.NDArray[np.float32]
+Forward = Callable[[Arrays], Vectors]
+"""Computes one pass, [n, width] to [n, D], on one thread."""
+
+
+class Graph(NamedTuple):
+    """How a backend's file is read."""
+
+    file: str
+    load: Callable[[Path, int], list[Forward]]
+    """Returns as many forward passes, to be computed at the same time, as it is asked for."""
+
+
+class ExportedEncoder:
+    """An exported model, opened for use on a CPU.
+
+    Attributes:
+        contract: prefixes, lengths, pooling, similarity.
+        fingerprint: hash of graph, tokenizer and contract.
+        reader: what tokenises.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.contract = Contract(**facts["contract"])
+        self.fingerprint = str(facts["encoder"])
+        self._pad_id = int(facts["pad_id"])
+        text = (folder / TOKENIZER).read_text(encoding="utf-8")
+        self.reader = TextReader(text, self.contract, bool(facts["token_types"]))
+        graph = find_graph(facts["backend"])
+        self._forwards = graph.load(folder / graph.file, count_cores())
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ExportedEncoder:
+        """Open a model that `pairdr export` wrote.
+
+        Raises:
+            ArtefactError: the folder is missing, broken or of another kind.
+            MissingExtraError: the package that runs it is not installed.
+        """
+        manifest = read_manifest(folder, "exported")
+        place = Path(folder)
+        try:
+            if hash_file(place / TOKENIZER) != manifest.files[TOKENIZER]["sha256"]:
+                raise ValueError(f"{TOKENIZER} is not the file that was written")
+            return cls(place, manifest.facts)
+        except PairdrError:
+            raise
+        except Exception as error:  # each library that reads a part has errors of its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ArtefactError(
+                f"The exported model cannot be opened: {reason}.", path=folder, remedy="Run pairdr export again."
+            ) from error
+
+    def encode_queries(self, texts: Sequence[str], tokens_per_batch: int | None = None) -> Vectors:
+        """Return the [n, D] vectors of questions."""
+        return self._encode(texts, self.reader.tokenize_queries, tokens_per_batch)
+
+    def encode_passages(self, passages: Sequence[Passage], tokens_per_batch: int | None = None) -> Vectors:
+        """Return the [n, D] vectors of passages."""
+        return self._encode(passages, self.reader.tokenize_passages, tokens_per_batch)
+
+    def _encode(
+        self, texts: Sequence[Any], tokenize: Callable[[Sequence[Any]], list[Tokens]], tokens_per_batch: int | None
+    ) -> Vectors:
+        vectors = np.empty((len(texts), self.contract.dimensions), dtype=np.float32)
+        budget = tokens_per_batch or TOKENS_PER_BATCH["cpu"]
+        idle: SimpleQueue[Forward] = SimpleQueue()
+        for forward in self._forwards:
+            idle.put(forward)
+
+        def plan(tokens: list[Tokens]) -> list[list[int]]:
+            return plan_forwards([len(t.input_ids) for t in tokens], budget)
+
+        def compute(tokens: list[Tokens], into: Vectors, group: list[int]) -> None:
+            forward = idle.get()
+            try:
+                into[group] = forward(pad_tokens([tokens[place] for place in group], self._pad_id))
+            finally:
+                idle.put(forward)
+
+        tokens = tokenize(texts[:WINDOW])
+        groups = plan(tokens)
+        if len(texts) <= WINDOW and len(groups) < 2:  # a question, say: threads would cost more than they bring
+            for group in groups:
+                compute(tokens, vectors, group)
+            return vectors
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(len(self._forwards)) as cores:
+            try:
+                for start in range(0, len(texts), WINDOW):
+                    coming = reader.submit(tokenize, texts[start + WINDOW : start + 2 * WINDOW])
+                    window = vectors[start : start + WINDOW]
+                    for done in [cores.submit(compute, tokens, window, group) for group in groups]:
+                        done.result()
+                    tokens = coming.result()
+                    groups = plan(tokens)
+            finally:
+                cores.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what is waiting is not computed
+        return vectors
+
+
+def find_graph(backend: str) -> Graph:
+    """Return how a backend reads its file, importing that backend alone."""
+    if backend == "onnx":
+        from pairdr.backends.onnx import FILE, load_forwards
+    elif backend == "openvino":
+        from pairdr.backends.openvino import FILE, load_forwards
+    else:
+        raise ValueError(f"this pairdr has no backend {backend!r}")
+    return Graph(FILE, load_forwards)
+
+
+def fingerprint_export(folder: Path, contract: dict[str, Any]) -> str:
+    """Return a hash of all files of an export and its contract: equal for exports that give equal vectors."""
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return hash_json([[(name, hash_file(folder / name)) for name in files], contract])
+
+
+def count_cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

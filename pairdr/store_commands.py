@@ -1,0 +1,165 @@
+"""What the commands around finished models and stores do. Each imports only what it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from pairdr.artefact import read_manifest, verify_artefact
+from pairdr.commands import FLAT, OUTPUT, print_facts, print_text, quiet_libraries
+from pairdr.config import EncodeConfig, ExportConfig, IndexConfig, ModelConfig, Target
+from pairdr.errors import DataError
+
+if TYPE_CHECKING:
+    from pairdr.indexes.exact import Scores
+    from pairdr.vectors import VectorStore
+
+
+def export(
+    model: Path,
+    *,
+    to: Annotated[Target, Parameter(help="What runs it, and in which precision.")],
+    output: Annotated[Path, OUTPUT],
+    data: Annotated[
+        Path | None, Parameter(help="BEIR folder that calibrates and judges the export; int8 needs one.")
+    ] = None,
+    options: Annotated[ExportConfig, FLAT] = ExportConfig(),
+) -> None:
+    """Write a model as onnxruntime or OpenVINO runs it; end with 1, and write nothing, if it loses too much.
+
+    Parameters
+    ----------
+    model
+        A model of `pairdr train` or `pairdr run`.
+    """
+    from pairdr.collection import open_collection
+    from pairdr.export import export_model
+
+    quiet_libraries()
+    collection = None if data is None else open_collection(data)
+    export_model(model, output, to=to, collection=collection, config=options)
+    print_facts(read_manifest(output).facts["gate"])
+
+
+def index(
+    vectors: Path,
+    *,
+    output: Annotated[Path, OUTPUT],
+    data: Annotated[
+        Path | None, Parameter(help="BEIR folder whose training and unlabelled queries tune and judge the index.")
+    ] = None,
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+    options: Annotated[IndexConfig, FLAT] = IndexConfig(),
+) -> None:
+    """Build an index of vectors, tuned to the recall that is wanted; end with 1 if it cannot be reached.
+
+    Parameters
+    ----------
+    vectors
+        What `pairdr encode` wrote.
+    """
+    from pairdr.index import build_index
+    from pairdr.vectors import VectorStore
+
+    store = VectorStore(vectors)
+    queries = None if data is None else _encode_questions(data, model, store, options)
+    build_index(store, options, output, queries)
+    facts = read_manifest(output).facts
+    print_facts({name: value for name, value in facts.items() if name != "shards"})
+
+
+def upsert(
+    vectors: Path,
+    corpus: Path,
+    *,
+    on_duplicate: Annotated[
+        Literal["error", "first", "last"], Parameter(help="Which passage of an id that occurs twice is taken.")
+    ] = "error",
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
+    options: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
+) -> None:
+    """Add passages to vectors, or change their text, as one new version; what is unchanged is not encoded again.
+
+    Parameters
+    ----------
+    vectors
+        What `pairdr encode` wrote.
+    corpus
+        The passages, in the form of corpus.jsonl.
+    """
+    from pairdr.backends import is_exported, load_encoder
+    from pairdr.encode import settle_duplicates, upsert_passages
+    from pairdr.formats import read_texts
+    from pairdr.records import Passage
+
+    if not is_exported(model.start):
+        quiet_libraries()
+    rows = [Passage(*row) for _, row in read_texts(corpus, ("_id", "title", "text"))]
+    store = upsert_passages(settle_duplicates(rows, on_duplicate), load_encoder(model), options, vectors)
+    print_facts({"version": store.version, "passages": store.live})
+
+
+def delete(vectors: Path, passage_ids: Annotated[tuple[str, ...], Parameter(negative="")]) -> None:
+    """Take passages out of vectors by their ids, as one new version.
+
+    Parameters
+    ----------
+    vectors
+        What `pairdr encode` wrote.
+    passage_ids
+        The ids.
+    """
+    from pairdr.versions import delete_passages
+
+    store = delete_passages(vectors, passage_ids)
+    print_facts({"version": store.version, "passages": store.live})
+
+
+def compact(vectors: Path) -> None:
+    """Drop the rows of deleted and changed passages from vectors, as one new version.
+
+    Parameters
+    ----------
+    vectors
+        What `pairdr encode` wrote.
+    """
+    from pairdr.versions import compact_store
+
+    store = compact_store(vectors)
+    print_facts({"version": store.version, "passages": store.live})
+
+
+def verify(folder: Path) -> None:
+    """Check the sha256 of every file of an output folder; of vectors, that they are finite and have an id each."""
+    manifest = verify_artefact(folder)
+    if manifest.kind == "vectors":
+        from pairdr.versions import verify_store
+
+        verify_store(folder)
+    print_text(f"{len(manifest.files)} files are as they were written ({manifest.kind}, {manifest.fingerprint[:12]})")
+
+
+def _encode_questions(data: Path, model: ModelConfig, store: VectorStore, options: IndexConfig) -> Scores:
+    """Return the vectors [Q, D] of some questions that no dev or test split names."""
+    import random
+
+    from pairdr.backends import is_exported, load_encoder
+    from pairdr.collection import open_collection
+
+    if not is_exported(model.start):
+        quiet_libraries()
+    collection = open_collection(data)
+    labelled = collection.qrels("train") if collection.labels("train") else {}
+    ids = sorted({*labelled, *collection.pool})
+    if not ids:
+        raise DataError(
+            "There are no training and no unlabelled queries.",
+            path=data,
+            remedy="Leave --data out: vectors of the corpus then judge the index.",
+        )
+    encoder = load_encoder(model)
+    store.require_encoder(encoder.fingerprint)
+    chosen = random.Random(options.index_seed).sample(ids, min(options.tuning_queries, len(ids)))
+    return encoder.encode_queries([collection.query(query_id).text for query_id in chosen])
