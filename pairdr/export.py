@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pairdr.artefact import publish, read_manifest
 from pairdr.backends.exported import TOKENIZER, ExportedEncoder, find_graph, fingerprint_export
-from pairdr.backends.openvino import import_openvino
+from pairdr.backends.openvino import import_openvino, open_core
 from pairdr.backends.texts import pad_tokens
 from pairdr.collection import Collection
 from pairdr.config import ExportConfig, Target
@@ -159,7 +159,7 @@ def _write_graph(model: DualEncoder, path: Path) -> None:
 def _convert_graph(source: Path, target: Path, texts: list[Tokens] | None) -> None:
     """Write an ONNX graph in OpenVINO's form; with texts, in int8, calibrated on them."""
     openvino = import_openvino()
-    graph = openvino.Core().read_model(str(source))
+    graph = open_core().read_model(str(source))
     if texts is not None:
         say(f"calibrating int8 on {len(texts)} texts")
         graph = _quantise(graph, texts)

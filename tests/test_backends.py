@@ -17,6 +17,7 @@ from test_house import loaded_after
 from pairdr.artefact import hash_json, verify_artefact
 from pairdr.backends import exported as exported_module
 from pairdr.backends import is_exported, load_encoder, open_encoder
+from pairdr.backends import openvino as openvino_module
 from pairdr.backends.exported import ExportedEncoder
 from pairdr.collection import open_collection
 from pairdr.config import EncodeConfig, ExportConfig, ModelConfig
@@ -182,6 +183,19 @@ def test_openvino_and_nncf_are_imported_without_their_telemetry(export: Callable
     assert loaded_after("; ".join(parts), "openvino_telemetry.main") == []
 
 
+def test_signals_are_delivered_after_openvino_models_came_and_went(export: Callable[[str, str], Path]) -> None:
+    folder = str(export("mean, cosine, prefixes", "openvino"))
+    parts = (
+        "import signal; from pairdr.backends import open_encoder",
+        f"first = open_encoder({folder!r}); first.encode_queries(['a'])",
+        f"second = open_encoder({folder!r}); second.encode_queries(['a'])",
+        "del first; del second",
+        "heard = []; signal.signal(signal.SIGTERM, lambda *_: heard.append(1)); signal.raise_signal(signal.SIGTERM)",
+        "assert heard",
+    )
+    assert loaded_after("; ".join(parts), "torch") == []
+
+
 def test_the_fingerprint_is_the_exports_own(export: Callable[[str, str], Path], models: dict[str, Path]) -> None:
     contract = "mean, cosine, prefixes"
     model = open_encoder(models[contract], device="cpu")
@@ -276,6 +290,7 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     folder = export("mean, cosine, prefixes", backend)
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(openvino_module, "open_core", openvino_module.open_core.__wrapped__)
     with pytest.raises(MissingExtraError, match=rf"package {package}\. .*pairdr\[{backend}\]"):
         open_encoder(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,20 @@ def import_openvino() -> Any:
     return openvino
 
 
+@functools.cache
+def open_core() -> Any:
+    """Return the process's one `openvino.Core`, which stays until its end.
+
+    Each core gives the thread that first compiles with it a stack for signals, and takes it away in its destructor,
+    putting back the one it found: of two cores, the second puts back what the first has freed, and the next signal
+    ends the process.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+    """
+    return import_openvino().Core()
+
+
 def load_forwards(path: Path, count: int) -> list[Forward]:
     """Return passes over one graph, each on a thread of its own.
 
@@ -46,14 +61,13 @@ def load_forwards(path: Path, count: int) -> list[Forward]:
     Raises:
         MissingExtraError: OpenVINO is not installed.
     """
-    openvino = import_openvino()
     settings = {
         "NUM_STREAMS": count,
         "INFERENCE_NUM_THREADS": count,
         "INFERENCE_PRECISION_HINT": "f32",  # on some processors bf16 is the default
         "ENABLE_CPU_PINNING": False,  # two processes would share one core while another rests
     }
-    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    compiled = open_core().compile_model(str(path), "CPU", settings)
     names = [entry.any_name for entry in compiled.inputs]
 
     def prepare() -> Forward:
