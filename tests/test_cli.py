@@ -22,6 +22,7 @@ import pytest
 from pairdr import commands, pipeline, store_commands
 from pairdr.artefact import read_manifest
 from pairdr.cli import main
+from pairdr.collection import open_collection
 from pairdr.config import Options, RunConfig
 from pairdr.formats import Examples
 
@@ -375,6 +376,7 @@ def test_a_full_disk_keeps_what_was_there(
     before = read_manifest(tmp_path / "vectors").fingerprint
     with (folder / "corpus.jsonl").open("a", encoding="utf-8") as corpus:
         corpus.write('\n{"_id": "one-more", "text": "a passage that has no vector yet"}\n')
+    open_collection(folder)
     monkeypatch.setattr(np, "save", refuse_to_write)
     sentence = fail(1, *arguments)
     assert sentence.startswith(f"{tmp_path / 'vectors'}: Writing failed: No space left on device. Free some space")
