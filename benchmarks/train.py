@@ -1,7 +1,8 @@
 """Training speed and loss, side by side with sentence-transformers' trainer, interleaved in one process.
 
-    PAIRDR_DATA=... python benchmarks/train.py speed DATA [--dropout 0.1] [--rounds 5] [--steps 20] [--all]
-    PAIRDR_DATA=... python benchmarks/train.py curves DATA [--steps 200]
+    python benchmarks/train.py speed DATA [--dropout 0.1] [--rounds 5] [--steps 20] [--all] [--device cpu]
+    python benchmarks/train.py curves DATA [--steps 200]
+    python benchmarks/train.py profile DATA [--dropout 0.1] [--steps 10]
 
 DATA: en_qa_mix (a folder below PAIRDR_DATA), python_docs (built from the installed packages), or words100 (the texts of
 en_qa_mix cut into passages of exactly 100 words).
@@ -11,6 +12,9 @@ tokens, AdamW (fused), the same dropout. sentence-transformers: MultipleNegative
 no-duplicates sampler. The clock starts after two steps and covers everything from ids or texts to updated parameters.
 Ratios are of tokens per second, padding not counted. The share of the peak of matrix products counts 6 operations per
 weight of a linear layer and token.
+
+profile: where the time of our steps goes, by kinds of operations, and how near the products come to the peak.
+With --device cuda, both train in bf16 there; it was never run on one.
 """
 
 from __future__ import annotations
@@ -45,6 +49,21 @@ from pairdr.tuning import make_optimizer, prepare_model, seed_step
 from pairdr.watch import measure_peak
 
 SEED, BATCH, WARM = 13, 32, 2
+KINDS = {
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm"),
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+    "GELU": ("aten::gelu", "aten::gelu_backward"),
+    "layer norm": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
+    "copies, fills, additions": (
+        *("aten::copy_", "aten::fill_", "aten::zero_", "aten::add_", "aten::add", "aten::sum", "aten::cat"),
+        *("aten::index_select", "aten::index_add_", "aten::embedding_dense_backward"),
+    ),
+    "optimizer": ("aten::_fused_adamw_", "aten::_foreach_norm", "aten::_foreach_mul_"),
+}
+"""Operations of torch by what they are for."""
 MODEL = ModelConfig(start="minilm", passage_length=128, query_length=128, device="cpu")
 CONFIG = TrainConfig(per_device_train_batch_size=BATCH, alpha=0.1, train_negatives=1, learning_rate=5e-5)
 
@@ -80,13 +99,13 @@ def draw_examples(data: Collection, count: int, path: Path) -> Examples:
 class Ours:
     """pairdr's loop, without dev and log."""
 
-    def __init__(self, data: Collection, examples: Examples, alpha: float, config: TrainConfig) -> None:
-        self.data, self.alpha, self.config = data, alpha, config
-        self.encoder = DualEncoder.load(MODEL)
+    def __init__(self, data: Collection, examples: Examples, alpha: float, config: TrainConfig, device: str) -> None:
+        self.data, self.alpha, self.config = data, alpha, replace(config, bf16=device != "cpu")
+        self.encoder = DualEncoder.load(replace(MODEL, device=device))
         self.state = State(batch_size=BATCH)
         self.batches = read_batches(examples, config, self.state)
         self.optimizer = make_optimizer(self.encoder.model, config)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.scaler = torch.amp.GradScaler(self.encoder.device, enabled=False)
         self.tokens = self.padded = 0
 
     def train(self, steps: int) -> float:
@@ -95,6 +114,7 @@ class Ours:
             model.train()
             for step in range(WARM + steps):
                 if step == WARM:
+                    _wait(self.encoder.device)
                     begin, self.tokens, self.padded = time.perf_counter(), 0, 0
                 seed_step(SEED, step)
                 _, groups = backward_batch(
@@ -103,14 +123,15 @@ class Ours:
                 update_parameters(model, self.optimizer, self.scaler, 1e-7, self.config, step + 1)
                 self.tokens += sum(map(sum, groups))
                 self.padded += sum(len(lengths) * max(lengths) for lengths in groups)
+        _wait(self.encoder.device)
         return time.perf_counter() - begin
 
 
 class Theirs:
     """SentenceTransformerTrainer on the same rows."""
 
-    def __init__(self, data: Collection, examples: Examples, dropout: float) -> None:
-        self.encoder = DualEncoder.load(MODEL)
+    def __init__(self, data: Collection, examples: Examples, dropout: float, device: str) -> None:
+        self.encoder = DualEncoder.load(replace(MODEL, device=device))
         self.model = self.encoder.model
         self.model.max_seq_length = MODEL.passage_length
         _set_dropout(self.model, dropout)
@@ -123,8 +144,17 @@ class Theirs:
         count = (WARM + steps) * BATCH
         rows = [self.rows[(self.used + at) % len(self.rows)] for at in range(count + BATCH)]
         self.used += count
-        clock = Clock()
-        run_trainer(self.model, self.loss, rows, WARM + steps, 1e-7, clock, batch_sampler="no_duplicates")
+        clock = Clock(self.encoder.device)
+        run_trainer(
+            self.model,
+            self.loss,
+            rows,
+            WARM + steps,
+            1e-7,
+            clock,
+            batch_sampler="no_duplicates",
+            bf16=clock.device != "cpu",
+        )
         texts = [text for row in rows[WARM * BATCH : count] for text in row]
         self.tokens = sum(len(text.input_ids) for text in self.encoder.tokenize_queries(texts))
         return clock.ended - clock.began
@@ -133,8 +163,13 @@ class Theirs:
 class Clock(TrainerCallback):
     """Starts after the warm steps, stops with the last one."""
 
+    def __init__(self, device: str) -> None:
+        self.device = device
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the time."""
+        if state.global_step in (WARM, state.max_steps):
+            _wait(self.device)
         if state.global_step == WARM:
             self.began = time.perf_counter()
         self.ended = time.perf_counter()
@@ -193,7 +228,7 @@ def run_trainer(
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=model.device.type == "cpu",
             seed=SEED,
             dataloader_pin_memory=False,
             **options,
@@ -208,26 +243,27 @@ def run_trainer(
     return trainer
 
 
-def measure_speed(name: str, dropout: float, rounds: int, steps: int, everything: bool) -> None:
+def measure_speed(name: str, dropout: float, rounds: int, steps: int, everything: bool, device: str) -> None:
     """Print seconds per step of all contenders, interleaved round by round; `everything` adds PAIR and GradCache."""
     with tempfile.TemporaryDirectory() as folder:
         data = open_data(name, Path(folder))
         examples = draw_examples(data, 100_000, Path(folder) / "examples.arrow")
         config = replace(CONFIG, dropout=dropout)
         contenders: dict[str, Any] = {
-            "sentence-transformers": Theirs(data, Examples(examples.table.slice(0, 8192)), dropout),
-            "pairdr, query-centric": Ours(data, examples, 0.0, config),
+            "sentence-transformers": Theirs(data, Examples(examples.table.slice(0, 8192)), dropout, device),
+            "pairdr, query-centric": Ours(data, examples, 0.0, config, device),
         }
         if everything:
             contenders |= {
-                "pairdr, PAIR": Ours(data, examples, 0.1, config),
-                "pairdr, PAIR, GradCache": Ours(data, examples, 0.1, replace(config, grad_cache=True)),
+                "pairdr, PAIR": Ours(data, examples, 0.1, config, device),
+                "pairdr, PAIR, GradCache": Ours(data, examples, 0.1, replace(config, grad_cache=True), device),
             }
         seconds: dict[str, list[float]] = {title: [] for title in contenders}
         speeds: dict[str, list[float]] = {title: [] for title in contenders}  # tokens/s
         peaks = []
         for _ in range(rounds):
-            peaks.append(measure_peak.__wrapped__(torch.device("cpu"), torch.float32))
+            numbers = torch.float32 if device == "cpu" else torch.bfloat16
+            peaks.append(measure_peak.__wrapped__(torch.device(device), numbers))
             for title, contender in contenders.items():
                 seconds[title].append(contender.train(steps) / steps)
                 speeds[title].append(contender.tokens / steps / seconds[title][-1])
@@ -249,6 +285,32 @@ def measure_speed(name: str, dropout: float, rounds: int, steps: int, everything
                 f"{statistics.median(ratios):10.2f}{min(ratios):11.2f}-{max(ratios):.2f}"
                 f"{speed:10.0f}{6 * weights * speed / peak:9.0%}"
             )
+
+
+def profile_steps(name: str, dropout: float, steps: int) -> None:
+    """Print the share of each kind of operation in the time of our steps, and the rate of the products."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = open_data(name, Path(folder))
+        examples = draw_examples(data, 100_000, Path(folder) / "examples.arrow")
+        ours = Ours(data, examples, 0.0, replace(CONFIG, dropout=dropout), "cpu")
+        peak = measure_peak.__wrapped__(torch.device("cpu"), torch.float32)
+        ours.train(0)
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            seconds = ours.train(steps)
+    spent = dict.fromkeys((*KINDS, "other operations"), 0.0)
+    for event in found.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if event.key in names), "other operations")
+        spent[kind] += event.self_cpu_time_total / 1e6
+    whole = seconds * (WARM + steps) / steps  # the profile also holds the warm steps
+    weights = sum(m.weight.numel() for m in ours.encoder.model.modules() if isinstance(m, torch.nn.Linear))
+    rate = 6 * weights * ours.tokens / steps * (WARM + steps) / spent["matrix products"]
+    print(f"{name}, dropout {dropout}, {steps} steps of {seconds / steps:.2f} s; peak {peak / 1e9:.0f} GFLOP/s")
+    for kind, time_spent in sorted(spent.items(), key=lambda pair: -pair[1]):
+        print(f"{kind:40}{time_spent / whole:8.1%}")
+    print(f"{'outside of operations':40}{1 - sum(spent.values()) / whole:8.1%}")
+    print(f"products run at {rate / peak:.0%} of the peak")
 
 
 def compare_curves(name: str, steps: int) -> None:
@@ -293,6 +355,12 @@ def _texts(data: Collection, example: Example) -> tuple[str, str, str]:
     )
 
 
+def _wait(device: str) -> None:
+    """Wait until the device has done what it was told."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
 def _set_dropout(model: torch.nn.Module, p: float) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -326,18 +394,21 @@ def _cut_words(data: Collection, folder: Path) -> Path:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "curves"))
+    parser.add_argument("what", choices=("speed", "curves", "profile"))
     parser.add_argument("data", choices=("en_qa_mix", "python_docs", "words100"))
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     if options.what == "speed":
-        measure_speed(options.data, options.dropout, options.rounds, options.steps or 20, options.all)
+        measure_speed(options.data, options.dropout, options.rounds, options.steps or 20, options.all, options.device)
+    elif options.what == "profile":
+        profile_steps(options.data, options.dropout, options.steps or 10)
     else:
         compare_curves(options.data, options.steps or 200)
 

@@ -39,6 +39,7 @@ for command in (
     store_commands.compact,
     store_commands.export,
     store_commands.index,
+    store_commands.index_words,
     store_commands.verify,
 ):
     app.command(command)

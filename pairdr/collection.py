@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pairdr.artefact import Staging, hash_json, hold_lock, publish, read_manifest
-from pairdr.config import DataConfig
+from pairdr.config import DataConfig, OnDuplicate
 from pairdr.errors import ArtefactError, DataError, UsageError
-from pairdr.formats import read_lines, read_qrels, read_texts, read_unlabelled, write_qrels
+from pairdr.formats import PASSAGE_KEYS, read_lines, read_qrels, read_texts, read_unlabelled, write_qrels
 from pairdr.ids import IdIndex, hash_text, write_id_index
-from pairdr.records import Passage, Qrels, Query
+from pairdr.records import PASSAGE_COLUMNS, Passage, Qrels, Query
 
 SPLITS = ("train", "dev", "test")
 BLOCK = 8192
@@ -101,6 +102,8 @@ class Collection:
         queries: all questions, those of the unlabelled files among them.
         fingerprint: hash of the content and of the options that decide splits and pool.
         passages_fingerprint: hash of the corpus alone.
+        duplicates: "passage" and "query" to the ids that occur twice.
+        settled: whether the options say which of these is taken.
         hidden: labels taken from training queries by `hide_labels`; used only to measure.
         held_out: passages that no training query may have as a candidate.
         removed: reason to number of queries kept out of training and pool.
@@ -117,6 +120,7 @@ class Collection:
         self.fingerprint = hash_json([manifest.fingerprint, kept])
         self.passages_fingerprint = manifest.files["passages.arrow"]["sha256"]
         self.duplicates: dict[str, list[str]] = manifest.facts["duplicates"]
+        self.settled = config.on_duplicate != "error"
         given = {split: read_qrels(folder / "qrels" / f"{split}.tsv") for split in manifest.facts["splits"]}
         self.given_splits = tuple(given)
         self._qrels = {split: qrels for split, qrels in given.items() if split in SPLITS}
@@ -161,11 +165,11 @@ class Collection:
 
     def passage_at(self, row: int) -> Passage:
         """Return the passage of a row."""
-        return Passage(*(self.passages.table.column(name)[int(row)].as_py() for name in ("id", "title", "text")))
+        return Passage(*(self.passages.table.column(name)[int(row)].as_py() for name in PASSAGE_COLUMNS))
 
     def read_passages(self, size: int = BLOCK) -> Iterator[list[Passage]]:
         """Yield the corpus in order, a block of passages at a time."""
-        for block in self.passages.read_blocks(("id", "title", "text"), size):
+        for block in self.passages.read_blocks(PASSAGE_COLUMNS, size):
             yield [Passage(*row) for row in block]
 
     @cached_property
@@ -230,14 +234,16 @@ def open_collection(source: str | Path, config: DataConfig | None = None, *, str
     config = config or DataConfig()
     folder = Path(source)
     inputs = _find_files(folder, config.unlabelled)
-    stamp = {name: [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for name, path in inputs.items()}
+    stamp: dict[str, Any] = {"on_duplicate": config.on_duplicate}
+    for name, path in inputs.items():
+        stamp[name] = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
     place = cache_folder() / "collections" / hash_json(stamp)[:24]
     with hold_lock(place.parent):
         try:
             read_manifest(place, "collection")
         except ArtefactError:
             with publish(place, "collection", options={"stamp": stamp}, inputs={}) as staging:
-                _convert(inputs, staging)
+                _convert(inputs, staging, config.on_duplicate)
     collection = Collection(place, folder, config)
     if strict:
         problem = next(iter(find_problems(collection)), None)
@@ -251,7 +257,7 @@ def find_problems(collection: Collection) -> Iterator[str]:
     if not len(collection.passages):
         yield "corpus.jsonl has no passage"
     for kind, ids in collection.duplicates.items():
-        if ids:
+        if ids and not collection.settled:
             yield f"{len(ids)} {kind} ids occur twice, such as {ids[0]!r}"
     for split in collection.given_splits:
         for column, file in (("query", "queries"), ("passage", "corpus")):
@@ -301,7 +307,7 @@ def _find_files(folder: Path, unlabelled: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _convert(inputs: dict[str, Path], staging: Staging) -> None:
+def _convert(inputs: dict[str, Path], staging: Staging, on_duplicate: OnDuplicate) -> None:
     """Turn the text files into memory-mapped tables."""
 
     def read_queries() -> Iterator[tuple[int, list[str]]]:
@@ -310,10 +316,10 @@ def _convert(inputs: dict[str, Path], staging: Staging) -> None:
             if name.startswith("unlabelled/"):
                 yield from ((line, [query_id, text]) for line, query_id, text in read_unlabelled(path))
 
-    corpus = read_texts(inputs["corpus"], ("_id", "title", "text"))
+    corpus = read_texts(inputs["corpus"], PASSAGE_KEYS)
     staging.facts["duplicates"] = {
-        "passage": _write_table(staging.path, "passages", ("id", "title", "text"), corpus),
-        "query": _write_table(staging.path, "queries", ("id", "text"), read_queries()),
+        "passage": _write_table(staging.path, "passages", PASSAGE_COLUMNS, corpus, on_duplicate),
+        "query": _write_table(staging.path, "queries", ("id", "text"), read_queries(), on_duplicate),
     }
     splits = [name.removeprefix("qrels/") for name in inputs if name.startswith("qrels/")]
     for split in splits:
@@ -321,7 +327,9 @@ def _convert(inputs: dict[str, Path], staging: Staging) -> None:
     staging.facts["splits"] = splits
 
 
-def _write_table(folder: Path, name: str, columns: tuple[str, ...], rows: Iterable[tuple[int, list[str]]]) -> list[str]:
+def _write_table(
+    folder: Path, name: str, columns: tuple[str, ...], rows: Iterable[tuple[int, list[str]]], on_duplicate: OnDuplicate
+) -> list[str]:
     """Write one table with its id index; return the ids that occur twice."""
     schema = pa.schema([*((column, pa.large_string()) for column in columns)])
     hashes = array("Q")
@@ -334,10 +342,36 @@ def _write_table(folder: Path, name: str, columns: tuple[str, ...], rows: Iterab
 
         _in_blocks((row for _, row in rows), flush, hashes)
     keys = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.zeros(0, dtype=np.uint64)
+    duplicates = _find_duplicates(_map_ids(path), keys)
+    if duplicates and on_duplicate != "error":
+        keys = keys[_keep_one(path, duplicates, on_duplicate)]
+    write_id_index(folder, name, _map_ids(path), keys)
+    return duplicates
+
+
+def _keep_one(path: Path, duplicates: list[str], on_duplicate: OnDuplicate) -> npt.NDArray[np.bool_]:
+    """Write a table anew with one row of each id, the first or the last; return which rows stay."""
     with pa.memory_map(str(path)) as source:
-        ids = pa.ipc.open_file(source).read_all().column("id")
-    write_id_index(folder, name, ids, keys)
-    return _find_duplicates(ids, keys)
+        table = pa.ipc.open_file(source).read_all()
+        keep = np.ones(table.num_rows, dtype=np.bool_)
+        twice = np.flatnonzero(pc.is_in(table["id"], pa.array(duplicates, pa.large_string())))
+        chosen: dict[str, int] = {}
+        for row in twice.tolist() if on_duplicate == "last" else twice[::-1].tolist():
+            chosen[str(table["id"][row])] = row
+        keep[twice] = False
+        keep[list(chosen.values())] = True
+        with pa.OSFile(f"{path}.new", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            start = 0
+            for batch in table.to_batches():
+                writer.write_batch(batch.filter(pa.array(keep[start : start + batch.num_rows])))
+                start += batch.num_rows
+    Path(f"{path}.new").replace(path)
+    return keep
+
+
+def _map_ids(path: Path) -> pa.ChunkedArray:
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all().column("id")
 
 
 def _in_blocks(rows: Iterable[list[str]], flush: Callable[[list[list[str]]], None], hashes: array[int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +17,8 @@ from pairdr.config import (
     LexicalConfig,
     MineConfig,
     ModelConfig,
+    OnDuplicate,
+    QueryConfig,
     RunConfig,
     SearchConfig,
     TeachConfig,
@@ -26,12 +27,14 @@ from pairdr.config import (
     list_stages,
 )
 from pairdr.errors import UsageError
+from pairdr.progress import print_facts, print_text, quiet_libraries
 
 if TYPE_CHECKING:
     from pairdr.collection import Collection
     from pairdr.encoder import DualEncoder
     from pairdr.lexical import LexicalIndex
     from pairdr.pipeline import RunResult
+    from pairdr.search import Searcher
 
 FLAT = Parameter(name="*")
 OUTPUT = Parameter(name=["--output", "-o"], help="Folder to write.")
@@ -185,8 +188,8 @@ def label(
     from pairdr.label import label_examples
     from pairdr.lexical import index_words
     from pairdr.mine import open_candidates
-    from pairdr.teach import read_recipe, refuse_verdicts
-    from pairdr.teachers import load_teacher
+    from pairdr.teach import refuse_verdicts
+    from pairdr.teachers import load_teacher, read_recipe
 
     quiet_libraries()
     collection = open_collection(data, data_options)
@@ -194,7 +197,7 @@ def label(
     if recipe is None:
         refuse_verdicts(read_manifest(teacher).facts["verdicts"])
     index = index_words(collection, lexical, _beside(output, "bm25"))
-    judge = load_teacher(recipe, teacher, collection, index, model)
+    judge = load_teacher(recipe, teacher, index, model)
     fingerprint = read_manifest(teacher).fingerprint
     print_facts(
         label_examples(
@@ -243,17 +246,20 @@ def encode(
     data: Path,
     *,
     output: Annotated[Path, OUTPUT],
+    on_duplicate: Annotated[
+        OnDuplicate, Parameter(help="Which passage of an id that occurs twice is taken.")
+    ] = "error",
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     options: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
 ) -> None:
     """Encode a corpus with a model (--start); an interrupted call goes on where it stopped."""
-    from pairdr.backends import is_exported, load_encoder
+    from pairdr.backends import load_encoder
     from pairdr.collection import open_collection
     from pairdr.encode import encode_corpus
 
-    if not is_exported(model.start):  # which needs no torch
-        quiet_libraries()
-    store = encode_corpus(open_collection(data), load_encoder(model), options, output)
+    quiet_libraries()
+    collection = open_collection(data, DataConfig(on_duplicate=on_duplicate))
+    store = encode_corpus(collection, load_encoder(model), options, output)
     print_text(f"{store.count} vectors of {store.dimensions} dimensions in {output}")
 
 
@@ -262,18 +268,22 @@ def search(
     question: str | None = None,
     *,
     k: Annotated[int, Parameter(name=["-k", "--k"], help="Passages per question.")] = 10,
-    mode: Annotated[Literal["dense", "bm25", "hybrid"] | None, Parameter(help="Unset: what won on dev.")] = None,
     as_json: Annotated[
         bool, Parameter(name="--json", negative="", help="One JSON object a line, for machines.")
     ] = False,
-    data: Annotated[
-        Path | None, Parameter(help="With vectors as PLACE: the BEIR folder whose --split is searched for.")
+    words: Annotated[Path | None, Parameter(help="BM25 by `pairdr index-words`; a work folder has its own.")] = None,
+    index: Annotated[Path | None, Parameter(help="Index by `pairdr index`; unset: exact search.")] = None,
+    reranker: Annotated[
+        str | None, Parameter(help="'teacher' for that of a work folder; else a cross-encoder's folder or hub name.")
     ] = None,
+    queries: Annotated[Path | None, Parameter(help="Questions (.jsonl, or one a line) to write a run of.")] = None,
+    data: Annotated[Path | None, Parameter(help="BEIR folder whose --split to write a run of.")] = None,
     split: Annotated[str, Parameter(help="Queries of this split.")] = "test",
     output: Annotated[Path | None, OUTPUT] = None,
+    options: Annotated[QueryConfig, FLAT] = QueryConfig(),
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
 ) -> None:
-    """Search a work folder for one question, or vectors for all queries of a split (a TREC run).
+    """Answer a question, or write a TREC run for many, from a work folder or from vectors and their model (--start).
 
     Parameters
     ----------
@@ -283,22 +293,18 @@ def search(
     from pairdr.search import Searcher
 
     quiet_libraries()
-    if question is None:
-        _search_split(place, data, split, output, model, k)
+    if (question is None) == (output is None):
+        raise UsageError("Name a question; or --output, and --queries or --data, to write a run.")
+    searcher = Searcher.open(place, model, words=words, index=index, reranker=reranker)
+    changes = {name: value for name, value in vars(options).items() if value != getattr(QueryConfig(), name)}
+    if question is None and output is not None:
+        _write_run(searcher, queries, data, split, output, k, changes)
         return
-    for rank, hit in enumerate(Searcher.open(place).search(question, k, mode), start=1):
+    for rank, hit in enumerate(searcher.search(question or "", k, **changes), start=1):
         if as_json:
-            print_text(
-                json.dumps(
-                    {
-                        "rank": rank,
-                        "passage_id": hit.passage_id,
-                        "score": hit.score,
-                        "title": hit.passage.title,
-                        "text": hit.passage.text,
-                    }
-                )
-            )
+            fields = {"rank": rank, "passage_id": hit.passage_id, "score": hit.score}
+            texts = {"title": hit.passage.title, "text": hit.passage.text}
+            print_text(json.dumps(fields | texts | {"metadata": json.loads(hit.passage.metadata or "{}")}))
         else:
             text = " ".join(hit.passage.text.split())
             print_text(
@@ -345,20 +351,34 @@ def _open_parts(
     return collection, DualEncoder.load(model), index_words(collection, lexical, _beside(output, "bm25"))
 
 
-def _search_split(place: Path, data: Path | None, split: str, output: Path | None, model: ModelConfig, k: int) -> None:
-    if data is None or output is None:
-        raise UsageError("Name a question, or --data and --output to search for a whole split.")
-    from pairdr.backends import load_encoder
+def _write_run(
+    searcher: Searcher,
+    queries: Path | None,
+    data: Path | None,
+    split: str,
+    output: Path,
+    k: int,
+    changes: dict[str, Any],
+) -> None:
     from pairdr.collection import open_collection
-    from pairdr.search import rank_dense, write_search
-    from pairdr.vectors import VectorStore
+    from pairdr.formats import read_unlabelled
+    from pairdr.records import Query
+    from pairdr.search import write_search
 
-    collection, store = open_collection(data), VectorStore(place)
-    config = SearchConfig(k=k)
-    queries = [collection.query(query_id) for query_id in collection.qrels(split)]
-    blocks = rank_dense(queries, load_encoder(model), store, config)
-    inputs = {"vectors": store.fingerprint, "collection": collection.fingerprint}
-    found = write_search(blocks, config, output, total=len(queries), inputs=inputs, options={"split": split})
+    if (queries is None) == (data is None):
+        raise UsageError("Name either --queries or --data.")
+    inputs = {"vectors": searcher.store.fingerprint}
+    if data is not None:
+        collection = open_collection(data)
+        inputs["collection"] = collection.fingerprint
+        questions = [collection.query(query_id) for query_id in collection.qrels(split)]
+    else:
+        questions = [Query(query_id, text) for _, query_id, text in read_unlabelled(queries or Path())]
+    options = {"split": split} if data is not None else {}
+    blocks = searcher.rank(questions, k, **changes)
+    found = write_search(
+        blocks, SearchConfig(k=k), output, total=len(questions), inputs=inputs, options=options | changes
+    )
     print_text(f"{len(found)} queries in {output}/run.trec")
 
 
@@ -371,25 +391,3 @@ def _print_result(result: RunResult) -> None:
     print_text(result.table.format())
     done = f"{len(result.steps_run)} steps ran." if result.steps_run else "Nothing to do: everything is up to date."
     print_text(f"\n{done} The work folder is {result.work}.")
-
-
-def print_facts(facts: dict[str, Any]) -> None:
-    """Print names and values, a line each."""
-    print_text("\n".join(f"{name:44}{value}" for name, value in facts.items()))
-
-
-def quiet_libraries() -> None:
-    """Turn off the libraries' own bars and advice; pairdr shows its own."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-
-
-def print_text(text: str) -> None:
-    """Print at once, whoever reads."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

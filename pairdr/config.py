@@ -19,6 +19,10 @@ ARMS = ("labelled_only", "query_centric", "pair")
 """The models that `run` can train, in the order of the table's rows."""
 
 
+OnDuplicate = Literal["error", "first", "last"]
+"""What becomes of an id that occurs twice."""
+
+
 @dataclass(frozen=True)
 class DataConfig(Options):
     """How a data set is opened."""
@@ -26,6 +30,7 @@ class DataConfig(Options):
     unlabelled: tuple[Path, ...] = option((), "Files of further questions without labels (.jsonl[.gz], or .txt).")
     hide_labels: float = option(0.0, "Share of the labelled training queries moved into the pool.", low=0, high=0.99)
     held_out: Path | None = option(None, "File of passage ids, one a line, that training never sees.")
+    on_duplicate: OnDuplicate = option("error", "Which passage or query of an id that occurs twice is taken.")
     dev_queries: int = option(500, "Training queries set aside as dev where the data has no dev split.", low=1)
     data_seed: int = option(13, "Seed of the hidden labels and of a made dev split.", low=0)
 
@@ -260,6 +265,25 @@ class SearchConfig(Options):
     k: int = option(100, "Passages per query.", low=1)
     query_block: int = option(256, "Queries per block.", low=1)
     passage_block: int = option(16384, "Passages per block.", low=1)
+
+
+Mode = Literal["auto", "dense", "bm25", "hybrid"]
+
+
+@dataclass(frozen=True)
+class QueryConfig(Options):
+    """How a question is answered."""
+
+    mode: Mode = option("auto", "auto: what won on dev, or hybrid where there is BM25, else dense.")
+    fusion: Literal["auto", "weighted", "rrf"] = option(
+        "auto", "Of hybrid; auto: weighted where dev has chosen weights, else reciprocal ranks (rrf)."
+    )
+    depth: int = option(100, "Passages of each system that hybrid fuses.", low=1)
+    rerank: int | None = option(
+        None, "Best passages that the reranker puts into a new order; unset: 50 where there is a reranker.", low=0
+    )
+    where: tuple[str, ...] = option((), "FIELD=VALUE of the metadata that passages must have; may be repeated.")
+    fold: bool = option(False, "Show passages with the same words once.")
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from pairdr.artefact import hash_json
 from pairdr.backends import Encoder
 from pairdr.collection import Collection
-from pairdr.config import EncodeConfig
-from pairdr.errors import DataError
+from pairdr.config import EncodeConfig, OnDuplicate
+from pairdr.errors import ArtefactError, DataError
 from pairdr.progress import say, show_progress
 from pairdr.records import Passage, split_blocks
-from pairdr.vectors import Rows, VectorStore, hash_passage
+from pairdr.vectors import BLOCK, Dtype, Rows, VectorStore, hash_passage
 from pairdr.versions import StoreWriter, write_store
+
+_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "float16": 1e-3, "int8": 1 / 127}
 
 
 def encode_corpus(collection: Collection, encoder: Encoder, config: EncodeConfig, output: str | Path) -> VectorStore:
@@ -38,9 +39,9 @@ def encode_corpus(collection: Collection, encoder: Encoder, config: EncodeConfig
         PairdrError: a vector that is not finite; the disk is full.
         UsageError: another writer is at work.
     """
-    inputs = {"passages": collection.passages_fingerprint, "encoder": encoder.fingerprint}
-    with write_store(output, config.dtype, inputs) as writer, show_progress("encode", len(collection.passages)) as step:
-        if writer.base is not None and writer.base.collection == collection.passages_fingerprint:
+    passages, total = collection.passages_fingerprint, len(collection.passages)
+    with write_store(output, config.dtype, encoder.fingerprint) as writer, show_progress("encode", total) as step:
+        if writer.base is not None and writer.base.passages_fingerprint == passages:
             return writer.base
         gone = np.ones(len(writer.dead), dtype=np.bool_)
 
@@ -56,8 +57,8 @@ def encode_corpus(collection: Collection, encoder: Encoder, config: EncodeConfig
             step(len(block))
         if writer.base is not None:
             writer.dead |= gone
-            say(f"pairdr: {int((~gone).sum())} of {len(collection.passages)} passages had vectors already")
-        writer.publish(encoder.contract.dimensions, encoder.contract.similarity, config.as_dict())
+            say(f"pairdr: {int((~gone).sum())} of {total} passages had vectors already")
+        writer.publish(passages, encoder.contract.dimensions, encoder.contract.similarity, config.as_dict())
     return VectorStore(output)
 
 
@@ -74,10 +75,9 @@ def upsert_passages(
     store = VectorStore(output)
     store.require_encoder(encoder.fingerprint)
     passages = settle_duplicates(passages, "error")
-    changes = sorted((p.passage_id, hash_passage(p)) for p in passages)
-    inputs = {"encoder": store.encoder, "passages": hash_json([store.collection, "upserted", changes])}
-    with write_store(output, store.dtype, inputs) as writer:
-        store = writer.base or store
+    changes = sorted((p.passage_id, hash_passage(p), p.metadata) for p in passages)
+    with write_store(output, store.dtype, store.encoder) as writer:
+        store = writer.require_base()
         unchanged = _find_unchanged(writer, passages)
         new = [passage for passage, row in zip(passages, unchanged.tolist(), strict=True) if row < 0]
         if not new:
@@ -88,11 +88,51 @@ def upsert_passages(
                 _add_shard(writer, block, encoder, config)
                 step(len(block))
         writer.dead[old[old >= 0]] = True
-        writer.publish(store.dimensions, store.similarity, store.manifest.options)
+        fingerprint = hash_json([store.passages_fingerprint, "upserted", changes])
+        writer.publish(fingerprint, store.dimensions, store.similarity, store.manifest.options)
     return VectorStore(output)
 
 
-def settle_duplicates(passages: Sequence[Passage], on_duplicate: Literal["error", "first", "last"]) -> list[Passage]:
+def verify_vectors(store: VectorStore, encoder: Encoder, sample: int | None = None, seed: int = 13) -> int:
+    """Encode passages of a store again and compare.
+
+    A text's vector depends in its last bits on what it is batched with, so equal means: no number differs by more than
+    the type that is stored explains (1e-5, 1e-3 and 1/127 of the vector's largest number).
+
+    Args:
+        store: the vectors.
+        encoder: what made them.
+        sample: how many passages, drawn at random; None is all.
+        seed: of the draw.
+
+    Returns:
+        How many were compared.
+
+    Raises:
+        ArtefactError: vectors of another encoder, or a vector that differs, with its passage.
+    """
+    store.require_encoder(encoder.fingerprint)
+    live: Rows = np.arange(store.count) if store.alive is None else np.flatnonzero(store.alive)
+    if sample is not None:
+        live = np.sort(np.random.default_rng(seed).permutation(live)[:sample])
+    with show_progress("verify", len(live)) as step:
+        for block in split_blocks(live.tolist(), BLOCK):
+            rows: Rows = np.array(block, dtype=np.int64)
+            stored, fresh = store.take(rows), encoder.encode_passages(store.passages_of(rows))  # [n, D]
+            allowed = _TOLERANCE[store.dtype] * np.maximum(np.abs(fresh).max(axis=1), 1e-6)
+            wrong = np.flatnonzero(np.abs(stored - fresh).max(axis=1) > allowed)
+            if len(wrong):
+                (passage_id,) = store.ids_of(rows[wrong[:1]])
+                raise ArtefactError(
+                    f"The vector of passage {passage_id!r} is not that of its text ({len(wrong)} of {len(rows)} here).",
+                    path=store.folder,
+                    remedy="Delete the folder and run pairdr encode again.",
+                )
+            step(len(rows))
+    return len(live)
+
+
+def settle_duplicates(passages: Sequence[Passage], on_duplicate: OnDuplicate) -> list[Passage]:
     """Return passages with one of each id.
 
     Raises:
@@ -110,6 +150,16 @@ def settle_duplicates(passages: Sequence[Passage], on_duplicate: Literal["error"
 
 
 def _find_unchanged(writer: StoreWriter, passages: Sequence[Passage]) -> Rows:
+    """Return the row of each passage that the present version has as it is, else -1."""
+    rows = _find_vectors(writer, passages)
+    there = np.flatnonzero(rows >= 0)
+    if writer.base is not None and len(there):
+        known = [passage.metadata for passage in writer.base.passages_of(rows[there])]
+        rows[there[[passages[at].metadata != old for at, old in zip(there.tolist(), known, strict=True)]]] = -1
+    return rows
+
+
+def _find_vectors(writer: StoreWriter, passages: Sequence[Passage]) -> Rows:
     """Return the row of each passage that the present version has with the same text, else -1."""
     if writer.base is None:
         return np.full(len(passages), -1, dtype=np.int64)
@@ -121,7 +171,15 @@ def _find_unchanged(writer: StoreWriter, passages: Sequence[Passage]) -> Rows:
 
 
 def _add_shard(writer: StoreWriter, block: list[Passage], encoder: Encoder, config: EncodeConfig) -> None:
-    name = writer.name_shard(block, config.tokens_per_batch)
+    """Add passages; those of which only the metadata changed keep their vectors."""
+    old = _find_vectors(writer, block)
+    name = writer.name_shard(block, config.tokens_per_batch, np.flatnonzero(old >= 0).tolist())
     if not writer.find_shard(name):
-        writer.write_shard(name, block, encoder.encode_passages(block, config.tokens_per_batch))
+        vectors = np.empty((len(block), encoder.contract.dimensions), dtype=np.float32)  # [n, D]
+        new = [passage for passage, row in zip(block, old.tolist(), strict=True) if row < 0]
+        if new:
+            vectors[old < 0] = encoder.encode_passages(new, config.tokens_per_batch)
+        if writer.base is not None:
+            vectors[old >= 0] = writer.base.take(old[old >= 0])
+        writer.write_shard(name, block, vectors)
     writer.shards.append((name, len(block)))

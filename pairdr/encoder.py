@@ -111,6 +111,11 @@ class DualEncoder:
             }
 
     @property
+    def device(self) -> str:
+        """Return the kind of device: cpu, cuda, ..."""
+        return str(self.model.device.type)
+
+    @property
     def fingerprint(self) -> str:
         """Return a hash of weights, tokenizer and contract: equal for models that give equal vectors."""
         tokenizer = getattr(self.model.tokenizer, "backend_tokenizer", None)
@@ -174,7 +179,7 @@ class DualEncoder:
     ) -> npt.NDArray[np.float32]:
         """Return [n, D] fp32 vectors without a graph. The batch plan is a function of the texts alone."""
         self.model.eval()
-        device = self.model.device.type
+        device = self.device
         budget = tokens_per_batch or TOKENS_PER_BATCH.get(device, TOKENS_PER_BATCH["cpu"])
         vectors = np.empty((len(tokens), self.contract.dimensions), dtype=np.float32)
         for group in plan_forwards([len(t.input_ids) for t in tokens], budget, device):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pairdr.errors import DataError, UsageError
-from pairdr.records import RUN_SCHEMA, Example, Qrels, Run, Scored
+from pairdr.records import RUN_SCHEMA, Example, Passage, Qrels, Run, Scored
 
 EXAMPLE_SCHEMA = pa.schema(
     [
@@ -35,6 +35,8 @@ EXAMPLE_SCHEMA = pa.schema(
 )
 _BREAKS = re.compile(r"[\t\n\r]")
 _BLANK = re.compile(r"\s")
+PASSAGE_KEYS = ("_id", "title", "text", "metadata")
+"""The keys of a line of corpus.jsonl, in the order of `Passage`."""
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 
 
@@ -85,7 +87,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, values of `keys`) of a BEIR corpus or query file.
 
-    A missing title is empty; `_id` and `text` have to be there. Ids that are numbers become strings.
+    A missing title is empty; `_id` and `text` have to be there. Ids that are numbers become strings. `metadata`, an
+    object, becomes JSON with sorted keys, or empty.
 
     Raises:
         DataError: a missing or wrongly typed key, an empty id, or a text with a lone surrogate or a NUL.
@@ -93,12 +96,23 @@ def read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[st
     for number, value in read_jsonl(path):
         row = []
         for key in keys:
-            item = value.get(key, "" if key == "title" else None)
-            item = "" if item is None and key == "title" else str(item) if type(item) is int and key == "_id" else item
+            item = value.get(key)
+            if key == "metadata":
+                item = _write_metadata(item, path, number)
+            elif item is None and key == "title":
+                item = ""
+            elif type(item) is int and key == "_id":
+                item = str(item)
             if not isinstance(item, str) or (key == "_id" and not item.strip()):
                 raise DataError(f'"{key}" is missing or is no string.', path=path, line=number, remedy="Add it.")
             row.append(_require_clean(item, key, path, number))
         yield number, row
+
+
+def read_passages(path: Path) -> Iterator[Passage]:
+    """Yield the passages of a BEIR corpus file, errors as of `read_texts`."""
+    for _, row in read_texts(path, PASSAGE_KEYS):
+        yield Passage(*row)
 
 
 def read_unlabelled(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -300,6 +314,16 @@ def _group(lines: Iterable[tuple[int, str, str, int]]) -> Qrels:
     for _, query_id, passage_id, relevance in lines:
         qrels.setdefault(query_id, {})[passage_id] = relevance
     return qrels
+
+
+def _write_metadata(value: Any, path: Path, number: int) -> str:
+    if not value:
+        return ""
+    if not isinstance(value, dict):
+        raise DataError(
+            '"metadata" is no object.', path=path, line=number, remedy='Write {"field": value, ...}, or leave it out.'
+        )
+    return json.dumps(value, sort_keys=True)
 
 
 def _require_clean(text: str, key: str, path: Path, line: int) -> str:

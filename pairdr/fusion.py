@@ -1,4 +1,4 @@
-"""Weighted fusion of scores, and the choice of its weights on dev.
+"""Fusion of runs: by weighted scores, whose weights are chosen on dev, or by ranks alone.
 
 Each system's scores of a query's candidates are standardised (mean 0, deviation 1), so that BM25's and a model's can
 be added. A passage that a system did not retrieve counts as that system's lowest one.
@@ -7,7 +7,7 @@ be added. A passage that a system did not retrieve counts as that system's lowes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from pairdr.measures import reciprocal_ranks
 from pairdr.records import Qrels, Run, Scored
 
 STEP = 0.1
+RANK_CONSTANT = 60
 Array = npt.NDArray[np.float64]
 
 
@@ -45,6 +46,27 @@ def fuse_runs(runs: Sequence[Run], weights: Sequence[float], k: int) -> Run:
     """
     queries = dict.fromkeys(query_id for run in runs for query_id in run)
     return Run.from_mapping({query_id: _fuse_query(runs, weights, query_id, k) for query_id in queries})
+
+
+def fuse_ranks(runs: Sequence[Run], k: int) -> Run:
+    """Return the k best passages per query by reciprocal rank fusion: the sum of 1 / (60 + rank) over the runs.
+
+    Needs no weights and no labels. Ties are broken by (-score, id). Source: Cormack, Clarke and Buettcher, 2009.
+    """
+    fused: dict[str, list[Scored]] = {}
+    for query_id in dict.fromkeys(query_id for run in runs for query_id in run):
+        scores: dict[str, float] = {}
+        for hits in (run[query_id] for run in runs if query_id in run):
+            for rank, hit in enumerate(hits, start=1):
+                scores[hit.passage_id] = scores.get(hit.passage_id, 0.0) + 1 / (RANK_CONSTANT + rank)
+        fused[query_id] = sort_hits(scores.items(), k)
+    return Run.from_mapping(fused)
+
+
+def sort_hits(hits: Iterable[tuple[str, float]], k: int) -> list[Scored]:
+    """Return the k best of (passage id, score), best first, ties by (-score, id); scores in the precision of runs."""
+    kept = ((passage_id, float(np.float32(score))) for passage_id, score in hits)
+    return [Scored(*hit) for hit in sorted(kept, key=lambda hit: (-hit[1], hit[0]))[:k]]
 
 
 def tune_weights(scores: Sequence[Sequence[Array]], relevant: Sequence[npt.NDArray[np.bool_]]) -> tuple[float, ...]:
@@ -102,9 +124,8 @@ def tune_run_weights(runs: Sequence[Run], qrels: Qrels) -> tuple[tuple[float, ..
 
 def _fuse_query(runs: Sequence[Run], weights: Sequence[float], query_id: str, k: int) -> list[Scored]:
     ids, systems = _align([dict(run[query_id]) if query_id in run else {} for run in runs])
-    fused = np.asarray(sum(w * s for w, s in zip(weights, systems, strict=True)), dtype=np.float32)  # as runs keep it
-    hits = sorted(zip(ids, fused.tolist(), strict=True), key=lambda hit: (-hit[1], hit[0]))[:k]
-    return [Scored(*hit) for hit in hits]
+    fused = np.asarray(sum(w * s for w, s in zip(weights, systems, strict=True)))
+    return sort_hits(zip(ids, fused.tolist(), strict=True), k)
 
 
 def _align(found: Sequence[dict[str, float]]) -> tuple[list[str], list[Array]]:

@@ -20,8 +20,8 @@ from pairdr.progress import say
 from pairdr.records import positives_of
 from pairdr.search import rank_dense, rank_words, write_search
 from pairdr.table import compare_systems, describe_fusion, describe_labels
-from pairdr.teach import choose_teacher, read_recipe
-from pairdr.teachers import load_teacher
+from pairdr.teach import choose_teacher
+from pairdr.teachers import load_teacher, read_recipe
 from pairdr.train import count_steps, read_stage_examples, train_model
 from pairdr.warm import warm_student
 from pairdr.work import Work
@@ -89,7 +89,7 @@ def label(work: Work, student: str, candidates: str, teacher: str, place: str) -
         teacher_fingerprint=read_manifest(folder).fingerprint,
     )
     if recipe is not None:
-        judge = load_teacher(recipe, folder, data, work.index, config.model, work.store(student))
+        judge = load_teacher(recipe, folder, work.index, config.model, work.store(student))
         try:
             facts = label_with(teacher=judge)
         except RefusedError as error:
@@ -129,7 +129,7 @@ def search(work: Work, split: str, system: str) -> None:
     config, data = work.config.search, work.collection
     queries = (data.query(query_id) for query_id in data.qrels(split))
     blocks = (
-        rank_words(queries, data, work.index, config)
+        rank_words(queries, work.index, config)
         if system == "bm25"
         else rank_dense(queries, work.encoder(system), work.store(system), config)
     )

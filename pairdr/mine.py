@@ -102,7 +102,7 @@ def mine_candidates(
     with publish(output, "candidates", options=config.as_dict(), inputs=inputs) as staging:
         rankings = {
             "student": rank_dense(_read_queries(collection, query_ids), encoder, store, search),
-            "bm25": rank_words(_read_queries(collection, query_ids), collection, index, search),
+            "bm25": rank_words(_read_queries(collection, query_ids), index, search),
         }
         for name, blocks in rankings.items():
             _write_blocks(staging.path / f"{name}.arrow", name, blocks, len(query_ids))

@@ -64,13 +64,12 @@ def run_pipeline(
     """
     config = config or RunConfig()
     config = replace(config, model=replace(config.model, **changes))
-    source = Path(data.source) if isinstance(data, Collection) else Path(data)
     collection = data if isinstance(data, Collection) else open_collection(data, config.data, strict=False)
     work = Work(output, collection, config)
     require_depth(config)
     with work.lock():
         ran = _run_steps(work)
-        _write_work_file(work, source)
+        _write_work_file(work)
     return RunResult(work.folder, read_table(work.path("report")), tuple(ran))
 
 
@@ -171,16 +170,12 @@ def _run_steps(work: Work) -> list[str]:
     return ran
 
 
-def _write_work_file(work: Work, source: Path) -> None:
+def _write_work_file(work: Work) -> None:
     facts = read_manifest(work.path("runs", table_split(work), FUSED), "run").facts
-    data = work.config.data.as_dict()
-    data["unlabelled"] = [str(Path(name).resolve()) for name in data["unlabelled"]]
-    data["held_out"] = str(Path(data["held_out"]).resolve()) if data["held_out"] else None
     content = {
         "model": "models/pair",
         "vectors": "vectors/pair",
-        "collection": str(source.resolve()),
-        "data": data,
+        "bm25": "bm25",
         "mode": facts["mode"],
         "k": work.config.search.k,
         "weights": facts["weights"],

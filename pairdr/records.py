@@ -43,12 +43,17 @@ class Query(NamedTuple):
     text: str
 
 
+PASSAGE_COLUMNS = ("id", "title", "text", "metadata")
+"""The columns of every table of passages, in the order of `Passage`."""
+
+
 class Passage(NamedTuple):
-    """A passage of the corpus; the title may be empty."""
+    """A passage of the corpus; the title may be empty. `metadata` is a JSON object, or empty; no model sees it."""
 
     passage_id: str
     title: str
     text: str
+    metadata: str = ""
 
     @property
     def joined(self) -> str:

@@ -1,29 +1,37 @@
-"""Vectors to ranked passages: runs for many queries, and a searcher for one."""
+"""Queries to ranked passages: runs for many, and a searcher that fuses, filters, folds and reranks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pairdr.artefact import publish
-from pairdr.collection import Collection, open_collection
-from pairdr.config import DataConfig, SearchConfig
+from pairdr.artefact import MANIFEST, publish
+from pairdr.collection import normalise_text
+from pairdr.config import ModelConfig, QueryConfig, SearchConfig
 from pairdr.errors import ArtefactError, UsageError
+from pairdr.filters import match_rows, parse_filters
 from pairdr.formats import write_run, write_trec_run
-from pairdr.fusion import fuse_runs
-from pairdr.indexes.exact import search_exact
-from pairdr.lexical import LexicalIndex
+from pairdr.fusion import fuse_ranks, fuse_runs, sort_hits
+from pairdr.indexes.exact import Allowed, search_exact
 from pairdr.progress import show_progress
 from pairdr.records import Passage, Query, Run, Scored, split_blocks
 from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
     from pairdr.backends import Encoder
+    from pairdr.indexes.faiss import FaissIndex
+    from pairdr.lexical import LexicalIndex
+    from pairdr.teachers import Teacher
 
-Mode = Literal["dense", "bm25", "hybrid"]
+Blocks = Iterator[tuple[list[str], list[list[Scored]]]]
+Systems = Mapping[str, Allowed | None]
+"""What is asked, dense or bm25, and which of its own rows [N] may be found; None is all."""
 WORK_FILE = "work.json"
+TEACHER = "teacher"
+RERANKED = 50
 
 
 class Hit(NamedTuple):
@@ -35,34 +43,62 @@ class Hit(NamedTuple):
 
 
 def rank_dense(
-    queries: Iterable[Query], encoder: Encoder, store: VectorStore, config: SearchConfig
-) -> Iterator[tuple[list[str], list[list[Scored]]]]:
+    queries: Iterable[Query],
+    encoder: Encoder,
+    store: VectorStore,
+    config: SearchConfig,
+    *,
+    index: FaissIndex | None = None,
+    allowed: Allowed | None = None,
+) -> Blocks:
     """Yield blocks of query ids and their k best passages by vector, ties by (-score, id).
 
     Memory is bounded by the block, whatever the number of queries and passages.
+
+    Args:
+        queries: the questions.
+        encoder: what made the vectors.
+        store: the vectors.
+        config: k and the sizes of blocks.
+        index: an approximate one; None is exact search.
+        allowed: [N] rows that may be found; None is all.
 
     Raises:
         ArtefactError: the vectors were made by another model, prefix or length.
     """
     store.require_encoder(encoder.fingerprint)
-    yield from _rank_vectors(queries, encoder, store, config)
+    k = min(config.k, store.live)
+    alive = allowed if store.alive is None else store.alive if allowed is None else store.alive & allowed
+    device = "cuda" if encoder.device == "cuda" else None
+    for block in split_blocks(queries, config.query_block):
+        vectors = encoder.encode_queries([query.text for query in block])  # [Q, D]
+        rows, scores = (
+            search_exact(vectors, store.read_raw(config.passage_block), store.id_rank, k, alive, device=device)
+            if index is None
+            else index.search(vectors, k, allowed)
+        )  # [Q, k] each, -1 where fewer may be found
+        ids = iter(store.ids_of(rows[rows >= 0]))
+        ranked = [
+            [Scored(next(ids), score) for row, score in zip(*pair, strict=True) if row >= 0]
+            for pair in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
+        yield [query.query_id for query in block], ranked
 
 
 def rank_words(
-    queries: Iterable[Query], collection: Collection, index: LexicalIndex, config: SearchConfig
-) -> Iterator[tuple[list[str], list[list[Scored]]]]:
+    queries: Iterable[Query], index: LexicalIndex, config: SearchConfig, *, allowed: Allowed | None = None
+) -> Blocks:
     """Yield blocks of query ids and their k best passages by BM25, ties by (-score, id)."""
     for block in split_blocks(queries, config.query_block):
         ranked = []
         for query in block:
-            rows, scores = index.search(query.text, config.k)
-            ids = collection.passages.ids_of(rows)
-            ranked.append([Scored(*hit) for hit in zip(ids, scores.tolist(), strict=True)])
+            rows, scores = index.search(query.text, config.k, allowed)
+            ranked.append([Scored(*hit) for hit in zip(index.ids_of(rows), scores.tolist(), strict=True)])
         yield [query.query_id for query in block], ranked
 
 
 def write_search(
-    blocks: Iterator[tuple[list[str], list[list[Scored]]]],
+    blocks: Blocks,
     config: SearchConfig,
     output: str | Path,
     *,
@@ -83,100 +119,244 @@ def write_search(
 
 
 class Searcher:
-    """Searches a work folder that `pairdr run` made."""
+    """Answers questions from vectors, from the words of the same passages, or from both.
+
+    Attributes:
+        store: the vectors and the passages' texts.
+        words: BM25 of the same passages, or None.
+        config: how a question is answered where a call says nothing else.
+    """
 
     def __init__(
         self,
-        collection: Collection,
-        encoder: Encoder,
         store: VectorStore,
-        index: LexicalIndex,
-        mode: Mode,
-        weights: Sequence[float],
-        depth: int,
+        encoder: Encoder,
+        *,
+        words: LexicalIndex | None = None,
+        index: FaissIndex | None = None,
+        reranker: Teacher | None = None,
+        weights: Sequence[float] | None = None,
+        config: QueryConfig = QueryConfig(),
     ) -> None:
-        self.collection, self.encoder, self.store, self.index = collection, encoder, store, index
-        self.mode, self.weights, self.depth = mode, tuple(weights), depth
+        """Put the parts together.
 
-    @classmethod
-    def open(cls, work: str | Path) -> Searcher:
-        """Open the model, vectors and BM25 index that `work.json` names.
+        Args:
+            store: the vectors.
+            encoder: what made them.
+            words: BM25.
+            index: an approximate index over the store; None is exact search.
+            reranker: a teacher, or another cross-encoder.
+            weights: of dense and BM25 in a weighted fusion, as dev chose them.
+            config: how a question is answered.
 
         Raises:
-            ArtefactError: there is no finished work folder, or its parts do not fit each other.
+            ArtefactError: parts that do not fit each other.
         """
-        from pairdr.backends import open_encoder
-
-        path = Path(work) / WORK_FILE
-        if not path.is_file():
-            raise ArtefactError(
-                "This is no finished work folder.", path=work, remedy="Run pairdr run DATA -o WORK first."
-            )
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            data = dict(facts["data"])
-            data["unlabelled"] = tuple(Path(name) for name in data["unlabelled"])
-            data["held_out"] = Path(data["held_out"]) if data["held_out"] else None
-            mode, weights, depth = facts["mode"], facts["weights"], facts["k"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtefactError("The file cannot be read.", path=path, remedy="Run pairdr run again.") from error
-        collection = open_collection(facts["collection"], DataConfig(**data))
-        encoder = open_encoder(Path(work) / facts["model"])
-        store = VectorStore(Path(work) / facts["vectors"])
         store.require_encoder(encoder.fingerprint)
-        if store.collection != collection.passages_fingerprint:
-            raise ArtefactError(
-                "The corpus has changed since it was encoded.", path=work, remedy="Run pairdr run again."
-            )
-        return cls(collection, encoder, store, LexicalIndex(Path(work) / "bm25"), mode, weights, depth)
+        if words is not None:
+            words.require_passages(store.passages_fingerprint)
+        self.store, self.words, self.config = store, words, config
+        self._encoder, self._index, self._reranker, self._weights = encoder, index, reranker, weights
 
-    def search(self, text: str, k: int = 10, mode: Mode | None = None) -> list[Hit]:
+    @classmethod
+    def open(
+        cls,
+        place: str | Path,
+        model: ModelConfig = ModelConfig(),
+        *,
+        words: str | Path | None = None,
+        index: str | Path | None = None,
+        reranker: str | None = None,
+    ) -> Searcher:
+        """Open a work folder that `pairdr run` made, or vectors that `pairdr encode` made.
+
+        Args:
+            place: the folder.
+            model: what made the vectors; a work folder names its own, and only the device counts.
+            words: BM25 by `pairdr index-words`; a work folder has its own.
+            index: an index by `pairdr index`.
+            reranker: "teacher" for that of a work folder; else a cross-encoder's folder or hub name.
+
+        Raises:
+            ArtefactError: there is no such folder, or its parts do not fit each other.
+        """
+        from pairdr.backends import load_encoder, open_encoder
+
+        place, weights, config = Path(place), None, QueryConfig()
+        if (place / WORK_FILE).is_file():
+            facts = _read_work(place / WORK_FILE)
+            store, encoder = VectorStore(place / facts["vectors"]), open_encoder(place / facts["model"], model.device)
+            words, weights = words or place / facts["bm25"], facts["weights"]
+            config = QueryConfig(mode=facts["mode"], depth=facts["k"])
+        else:
+            store, encoder = _open_vectors(place), load_encoder(model)
+        found = None if words is None else _open_words(words)
+        return cls(
+            store,
+            encoder,
+            words=found,
+            index=None if index is None else _open_index(index, store),
+            reranker=None if reranker is None else _open_reranker(reranker, place, encoder, found, model.device),
+            weights=weights,
+            config=config,
+        )
+
+    def search(self, text: str, k: int = 10, **options: Any) -> list[Hit]:
         """Return the k best passages for a question.
 
         Args:
             text: the question.
             k: how many.
-            mode: dense, bm25 or hybrid; unset is what won on dev.
+            **options: of `QueryConfig`, such as mode="bm25".
 
         Raises:
-            UsageError: an empty question, k below 1, or an unknown mode.
+            UsageError: an empty question, k below 1, or options that need a part that is not here.
         """
-        mode = mode or self.mode
-        if not text.strip():
+        return self.search_many([text], k, **options)[0]
+
+    def search_many(self, texts: Sequence[str], k: int = 10, **options: Any) -> list[list[Hit]]:
+        """Return the k best passages for each question, as `search`."""
+        if not all(text.strip() for text in texts):
             raise UsageError("The question is empty.", remedy="Write one.")
-        if k < 1:
-            raise UsageError(f"k is {k}; it must be at least 1.")
-        config = SearchConfig(k=max(k, self.depth) if mode == "hybrid" else k)
-        query = [Query("q", text)]
-        rankers: dict[str, Callable[[], Iterator[tuple[list[str], list[list[Scored]]]]]] = {
-            "dense": lambda: _rank_vectors(query, self.encoder, self.store, config),
-            "bm25": lambda: rank_words(query, self.collection, self.index, config),
-        }
-        if mode not in (*rankers, "hybrid"):
-            raise UsageError(f"Unknown mode {mode!r}.", remedy="There are: dense, bm25, hybrid.")
-        runs = [_collect(rankers[name]()) for name in (("dense", "bm25") if mode == "hybrid" else (mode,))]
-        run = fuse_runs(runs, self.weights, k) if mode == "hybrid" else runs[0]
-        return [Hit(hit.passage_id, hit.score, self.collection.passage(hit.passage_id)) for hit in run["q"]]
+        queries = [Query(str(number), text) for number, text in enumerate(texts)]
+        ranked = [hits for _, block in self.rank(queries, k, **options) for hits in block]
+        return [[Hit(*hit, passage) for hit, passage in zip(hits, self._read(hits), strict=True)] for hits in ranked]
+
+    def rank(self, queries: Iterable[Query], k: int, **options: Any) -> Blocks:
+        """Return blocks of query ids and their k best passages, for as many queries as there are.
+
+        Args:
+            queries: the questions.
+            k: how many passages each.
+            **options: of `QueryConfig`.
+
+        Raises:
+            UsageError: k below 1, or options that need a part that is not here.
+        """
+        config = replace(self.config, **options)
+        return self._rank_blocks(queries, SearchConfig(k=k), config, self._choose_systems(config))
+
+    def _rank_blocks(
+        self, queries: Iterable[Query], search: SearchConfig, config: QueryConfig, systems: Systems
+    ) -> Blocks:
+        reranked = (RERANKED if self._reranker else 0) if config.rerank is None else config.rerank
+        for block in split_blocks(queries, search.query_block):
+            wanted = depth = max(search.k, reranked)
+            while True:
+                found = self._find(block, depth, config, systems)
+                ranked = [self._fold(hits) for hits in found] if config.fold else found
+                if not any(len(kept) < wanted and len(hits) >= depth for kept, hits in zip(ranked, found, strict=True)):
+                    break
+                depth *= 2  # so many copies that deeper ones are needed
+            if reranked and self._reranker is not None:
+                ranked = self._rerank(block, [hits[:wanted] for hits in ranked], self._reranker)
+            yield [query.query_id for query in block], [hits[: search.k] for hits in ranked]
+
+    def _find(self, block: Sequence[Query], depth: int, config: QueryConfig, systems: Systems) -> list[list[Scored]]:
+        """Return the best passages [Q][at most depth] of one system, or of several by fusion."""
+        fused = len(systems) > 1
+        search = SearchConfig(k=max(depth, config.depth) if fused else depth)
+        runs = []
+        for system, rows in systems.items():
+            if system == "bm25" and self.words is not None:
+                blocks = rank_words(block, self.words, search, allowed=rows)
+            else:
+                blocks = rank_dense(block, self._encoder, self.store, search, index=self._index, allowed=rows)
+            runs.append([hits for _, ranked in blocks for hits in ranked])
+        if not fused:
+            return runs[0]
+        names = [str(number) for number in range(len(block))]  # a question may be asked twice
+        found = [Run.from_mapping(dict(zip(names, ranked, strict=True))) for ranked in runs]
+        weighted = config.fusion == "weighted" or (config.fusion == "auto" and self._weights is not None)
+        run = fuse_runs(found, self._weights or (), depth) if weighted else fuse_ranks(found, depth)
+        return [run[name] for name in names]
+
+    def _fold(self, hits: Sequence[Scored]) -> list[Scored]:
+        """Return the hits without those that have the same words as a better one."""
+        best: dict[str, Scored] = {}
+        for hit, passage in zip(hits, self._read(hits), strict=True):
+            best.setdefault(normalise_text(passage.joined), hit)
+        return list(best.values())
+
+    def _rerank(
+        self, block: Sequence[Query], ranked: Sequence[Sequence[Scored]], reranker: Teacher
+    ) -> list[list[Scored]]:
+        """Return the hits in the order of the reranker's scores, and with these."""
+        scores = reranker.score(block, [self._read(hits) for hits in ranked])
+        return [
+            sort_hits(zip([hit.passage_id for hit in hits], found.tolist(), strict=True), len(hits))
+            for hits, found in zip(ranked, scores, strict=True)
+        ]
+
+    def _read(self, hits: Sequence[Scored]) -> list[Passage]:
+        return self.store.passages_of(self.store.rows_of([hit.passage_id for hit in hits]))
+
+    def _choose_systems(self, config: QueryConfig) -> Systems:
+        """Return what has to be asked.
+
+        Raises:
+            UsageError: a part that is not here.
+        """
+        mode = config.mode if config.mode != "auto" else "hybrid" if self.words is not None else "dense"
+        names = ("dense", "bm25") if mode == "hybrid" else (mode,)
+        if "bm25" in names and self.words is None:
+            raise UsageError("There is no BM25 here.", remedy="Give --words, made by pairdr index-words.")
+        if config.fusion == "weighted" and self._weights is None:
+            raise UsageError("No weights were chosen for these vectors.", remedy="Use --fusion rrf.")
+        if config.rerank and self._reranker is None:
+            raise UsageError("There is nothing to rerank with.", remedy="Give --reranker.")
+        filters = parse_filters(config.where)
+        sources = {"dense": self.store, "bm25": self.words or self.store}
+        return {name: match_rows(sources[name].metadata, filters) if filters else None for name in names}
 
 
-def _rank_vectors(
-    queries: Iterable[Query], encoder: Encoder, store: VectorStore, config: SearchConfig
-) -> Iterator[tuple[list[str], list[list[Scored]]]]:
-    for block in split_blocks(queries, config.query_block):
-        vectors = encoder.encode_queries([query.text for query in block])  # [Q, D]
-        k = min(config.k, store.live)
-        rows, scores = search_exact(vectors, store.read_raw(config.passage_block), store.id_rank, k, store.alive)
-        ids = store.ids_of(rows.reshape(-1))
-        yield (
-            [query.query_id for query in block],
-            [
-                [Scored(*hit) for hit in zip(ids[at * k : (at + 1) * k], scores[at].tolist(), strict=True)]
-                for at in range(len(block))
-            ],
+def _read_work(path: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"model", "vectors", "bm25", "mode", "k", "weights"} - set(facts)
+    except (ValueError, TypeError) as error:
+        raise ArtefactError("The file cannot be read.", path=path, remedy="Run pairdr run again.") from error
+    if missing:
+        raise ArtefactError(f"{sorted(missing)[0]!r} is missing.", path=path, remedy="Run pairdr run again.")
+    return facts
+
+
+def _open_vectors(place: Path) -> VectorStore:
+    if not (place / MANIFEST).is_file():
+        raise ArtefactError(
+            "These are no vectors, and no finished work folder.",
+            path=place,
+            remedy="Run pairdr run DATA -o WORK, or pairdr encode, first.",
         )
+    return VectorStore(place)
 
 
-def _collect(blocks: Iterator[tuple[list[str], list[list[Scored]]]]) -> Run:
-    return Run.from_mapping(
-        {query_id: hits for ids, ranked in blocks for query_id, hits in zip(ids, ranked, strict=True)}
+def _open_words(folder: str | Path) -> LexicalIndex:
+    from pairdr.lexical import LexicalIndex
+
+    return LexicalIndex(folder)
+
+
+def _open_index(folder: str | Path, store: VectorStore) -> FaissIndex:
+    from pairdr.indexes.faiss import FaissIndex
+
+    return FaissIndex.open(folder, store)
+
+
+def _open_reranker(
+    source: str, place: Path, encoder: Encoder, words: LexicalIndex | None, device: str | None
+) -> Teacher:
+    from pairdr.teachers import CrossEncoderTeacher, load_teacher, read_recipe
+
+    if source != TEACHER:
+        return CrossEncoderTeacher(source, device=device)
+    recipe = read_recipe(place / TEACHER) if words is not None and (place / WORK_FILE).is_file() else None
+    if recipe is None or words is None:
+        raise ArtefactError(
+            "No teacher was accepted here.", path=place, remedy="Name a cross-encoder's folder as --reranker."
+        )
+    contract = encoder.contract
+    lengths = ModelConfig(
+        query_length=contract.query_length, passage_length=contract.passage_length, title=contract.title, device=device
     )
+    return load_teacher(recipe, place / TEACHER, words, lengths)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from pairdr.artefact import read_manifest, verify_artefact
-from pairdr.commands import FLAT, OUTPUT, print_facts, print_text, quiet_libraries
-from pairdr.config import EncodeConfig, ExportConfig, IndexConfig, ModelConfig, Target
-from pairdr.errors import DataError
+from pairdr.artefact import MANIFEST, read_manifest, verify_artefact
+from pairdr.commands import FLAT, OUTPUT
+from pairdr.config import EncodeConfig, ExportConfig, IndexConfig, LexicalConfig, ModelConfig, OnDuplicate, Target
+from pairdr.errors import DataError, UsageError
+from pairdr.progress import print_facts, print_text, quiet_libraries
 
 if TYPE_CHECKING:
     from pairdr.indexes.exact import Scores
@@ -75,7 +76,7 @@ def upsert(
     corpus: Path,
     *,
     on_duplicate: Annotated[
-        Literal["error", "first", "last"], Parameter(help="Which passage of an id that occurs twice is taken.")
+        OnDuplicate, Parameter(help="Which passage of an id that occurs twice is taken.")
     ] = "error",
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     options: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
@@ -89,15 +90,13 @@ def upsert(
     corpus
         The passages, in the form of corpus.jsonl.
     """
-    from pairdr.backends import is_exported, load_encoder
+    from pairdr.backends import load_encoder
     from pairdr.encode import settle_duplicates, upsert_passages
-    from pairdr.formats import read_texts
-    from pairdr.records import Passage
+    from pairdr.formats import read_passages
 
-    if not is_exported(model.start):
-        quiet_libraries()
-    rows = [Passage(*row) for _, row in read_texts(corpus, ("_id", "title", "text"))]
-    store = upsert_passages(settle_duplicates(rows, on_duplicate), load_encoder(model), options, vectors)
+    quiet_libraries()
+    passages = settle_duplicates(list(read_passages(corpus)), on_duplicate)
+    store = upsert_passages(passages, load_encoder(model), options, vectors)
     print_facts({"version": store.version, "passages": store.live})
 
 
@@ -131,25 +130,72 @@ def compact(vectors: Path) -> None:
     print_facts({"version": store.version, "passages": store.live})
 
 
-def verify(folder: Path) -> None:
-    """Check the sha256 of every file of an output folder; of vectors, that they are finite and have an id each."""
-    manifest = verify_artefact(folder)
-    if manifest.kind == "vectors":
-        from pairdr.versions import verify_store
+def index_words(
+    source: Path,
+    *,
+    output: Annotated[Path, OUTPUT],
+    options: Annotated[LexicalConfig, FLAT] = LexicalConfig(),
+) -> None:
+    """Index words for BM25, for search in both ways.
 
-        verify_store(folder)
+    Parameters
+    ----------
+    source
+        What `pairdr encode` wrote, whose passages of now are taken, or a BEIR folder.
+    """
+    from pairdr.collection import open_collection
+    from pairdr.lexical import index_words as index_source
+    from pairdr.vectors import VectorStore
+
+    passages = VectorStore(source) if (source / MANIFEST).is_file() else open_collection(source)
+    index_source(passages, options, output)
+    print_facts(read_manifest(output).facts)
+
+
+def verify(
+    folder: Path,
+    *,
+    sample: Annotated[
+        int | None, Parameter(help="Passages that --start encodes again, drawn at random; unset: all.")
+    ] = None,
+    model: Annotated[ModelConfig | None, FLAT] = None,
+) -> None:
+    """Check an output folder: every file's sha256; of vectors, that they are finite, and that an id has one row.
+
+    With --start, vectors are also compared with those that this model makes of the passages now.
+
+    Parameters
+    ----------
+    folder
+        What any command wrote.
+    """
+    manifest = verify_artefact(folder)
     print_text(f"{len(manifest.files)} files are as they were written ({manifest.kind}, {manifest.fingerprint[:12]})")
+    if manifest.kind != "vectors":
+        if model is not None:
+            raise UsageError("Only vectors are compared with a model.", path=folder, remedy="Leave --start out.")
+        return
+    from pairdr.versions import verify_store
+
+    verify_store(folder)
+    if model is not None:
+        from pairdr.backends import load_encoder
+        from pairdr.encode import verify_vectors
+        from pairdr.vectors import VectorStore
+
+        quiet_libraries()
+        count = verify_vectors(VectorStore(folder), load_encoder(model), sample)
+        print_text(f"{count} vectors are those of their passages")
 
 
 def _encode_questions(data: Path, model: ModelConfig, store: VectorStore, options: IndexConfig) -> Scores:
     """Return the vectors [Q, D] of some questions that no dev or test split names."""
     import random
 
-    from pairdr.backends import is_exported, load_encoder
+    from pairdr.backends import load_encoder
     from pairdr.collection import open_collection
 
-    if not is_exported(model.start):
-        quiet_libraries()
+    quiet_libraries()
     collection = open_collection(data)
     labelled = collection.qrels("train") if collection.labels("train") else {}
     ids = sorted({*labelled, *collection.pool})

@@ -8,7 +8,6 @@ queries and judged on the other, both ways, so the comparison is not flattered b
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from pairdr.artefact import publish, read_manifest, write_json
+from pairdr.artefact import publish, write_json
 from pairdr.check import find_body
 from pairdr.collection import Collection
 from pairdr.config import ModelConfig, TeachConfig
@@ -31,6 +30,7 @@ from pairdr.measures import compute_p_value
 from pairdr.mine import Candidates
 from pairdr.records import Passage, Query, positives_of
 from pairdr.teachers import (
+    RECIPE,
     CrossEncoderTeacher,
     DualEncoderTeacher,
     FusionTeacher,
@@ -43,7 +43,6 @@ from pairdr.vectors import VectorStore
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RECIPE = "teacher.json"
 Relevant = list[npt.NDArray[np.bool_]]
 Scored = list[list[npt.NDArray[np.float64]]]
 
@@ -126,7 +125,7 @@ def choose_teacher(
         if config.dual_encoder is not None:
             larger = load_dual_encoder(config.dual_encoder, model)
             others.append(DualEncoderTeacher(larger, "larger dual encoder", _relative(config.dual_encoder, output)))
-        result = judge_teachers(collection, base, LexicalTeacher(collection, index), others, candidates, config)
+        result = judge_teachers(collection, base, LexicalTeacher(index), others, candidates, config)
         write_json(staging.path / RECIPE, result.teacher.describe() if result.teacher else None)
         staging.facts |= {
             "accepted": result.accepted,
@@ -306,10 +305,3 @@ def _relative(source: str | Path, output: str | Path) -> str:
         return str(source)
     place, home = Path(source).resolve(), Path(output).resolve()
     return os.path.relpath(place, home) if place.is_relative_to(home.parent) else str(place)
-
-
-def read_recipe(folder: str | Path) -> dict[str, Any] | None:
-    """Return the accepted teacher's description, or None where none was accepted."""
-    read_manifest(folder, "teacher")
-    recipe: dict[str, Any] | None = json.loads((Path(folder) / RECIPE).read_text(encoding="utf-8"))
-    return recipe

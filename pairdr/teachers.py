@@ -6,6 +6,7 @@ candidates of one query; calibration (label.py) finds out what a score is worth.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pairdr.collection import Collection
+from pairdr.artefact import read_manifest
 from pairdr.config import ModelConfig
 from pairdr.encoder import DualEncoder
 from pairdr.errors import UsageError
@@ -23,6 +24,7 @@ from pairdr.lexical import LexicalIndex
 from pairdr.records import Passage, Query
 from pairdr.vectors import VectorStore
 
+RECIPE = "teacher.json"
 Scores = npt.NDArray[np.float64]
 
 
@@ -81,15 +83,15 @@ class LexicalTeacher:
 
     name = "bm25"
 
-    def __init__(self, collection: Collection, index: LexicalIndex) -> None:
-        self.collection, self.index = collection, index
+    def __init__(self, index: LexicalIndex) -> None:
+        self.index = index
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
         """Return BM25 scores."""
         scored = []
         for query, row in zip(queries, candidates, strict=True):
-            scores = self.index.score_all(query.text)
-            scored.append(scores[[self.collection.passages.row_of(p.passage_id) for p in row]].astype(np.float64))
+            rows = self.index.rows_of([passage.passage_id for passage in row])
+            scored.append(self.index.score_all(query.text)[rows].astype(np.float64))
         return scored
 
     def describe(self) -> dict[str, Any]:
@@ -166,10 +168,16 @@ class FusionTeacher:
         return {"kind": "fusion", "members": [m.describe() for m in self.members], "weights": list(self.weights)}
 
 
+def read_recipe(folder: str | Path) -> dict[str, Any] | None:
+    """Return the accepted teacher's description, or None where none was accepted."""
+    read_manifest(folder, "teacher")
+    recipe: dict[str, Any] | None = json.loads((Path(folder) / RECIPE).read_text(encoding="utf-8"))
+    return recipe
+
+
 def load_teacher(
     recipe: dict[str, Any],
     folder: str | Path,
-    collection: Collection,
     index: LexicalIndex,
     model: ModelConfig,
     store: VectorStore | None = None,
@@ -179,7 +187,6 @@ def load_teacher(
     Args:
         recipe: what `describe` gave; sources are hub names, or paths relative to `folder`.
         folder: where the description was saved.
-        collection: the data that BM25 scores.
         index: BM25.
         model: lengths and prefixes of a dual encoder that pairdr did not save.
         store: the student's vectors of the corpus, which spare encoding it again.
@@ -189,9 +196,9 @@ def load_teacher(
     """
     kind = recipe.get("kind")
     if kind == "bm25":
-        return LexicalTeacher(collection, index)
+        return LexicalTeacher(index)
     if kind == "fusion":
-        members = [load_teacher(member, folder, collection, index, model, store) for member in recipe["members"]]
+        members = [load_teacher(member, folder, index, model, store) for member in recipe["members"]]
         return FusionTeacher(members, recipe["weights"])
     local = (Path(folder) / str(recipe.get("source"))).resolve()
     source = str(local) if local.exists() else str(recipe.get("source"))

@@ -40,7 +40,7 @@ class Contract:
     passage_length: int
     pooling: str
     similarity: str
-    title: str
+    title: Literal["join", "segment"]
     dimensions: int
     towers: str = "tied"
 

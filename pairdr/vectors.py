@@ -3,7 +3,7 @@
     manifest.json                        the present version: its shards, dead rows, encoder, sha256 of every file
     shards/NAME.npy                      [n, D] vectors: float32, float16, or int8
     shards/NAME.scales.npy               [n] what an int8 row is multiplied by
-    shards/NAME.arrow                    the rows: id, hash of the text, title, text
+    shards/NAME.arrow                    the rows: id, hash of the text, title, text, metadata
     versions/00000003.{hashes,rows,rank,dead}.npy     which rows live, and where an id is
 
 A shard is named by what it was made from, so equal input has an equal name, and a shard that a killed call has
@@ -25,7 +25,7 @@ import pyarrow as pa
 from pairdr.artefact import Manifest, read_manifest
 from pairdr.errors import ArtefactError
 from pairdr.ids import IdIndex, hash_text
-from pairdr.records import Passage
+from pairdr.records import PASSAGE_COLUMNS, Passage
 
 Dtype = Literal["float32", "float16", "int8"]
 Vectors = npt.NDArray[np.float32]
@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("hash", pa.uint64()),
         ("title", pa.large_string()),
         ("text", pa.large_string()),
+        ("metadata", pa.large_string()),
     ]
 )
 
@@ -85,7 +86,7 @@ class VectorStore:
         version: counts up.
         fingerprint: of the content.
         encoder: fingerprint of the model that made the vectors.
-        collection: fingerprint of the corpus that they were last made equal to; a hash of its own after other changes.
+        passages_fingerprint: of the corpus that they were last made equal to; a hash of its own after other changes.
         shards: its parts, in the order of rows.
         id_rank: [N] place of each row's id in the order of all ids.
     """
@@ -111,7 +112,7 @@ class VectorStore:
         self.count, self.dimensions, self.version = facts["count"], facts["dimensions"], facts["version"]
         self.dtype: Dtype = facts["dtype"]
         self.similarity = str(facts["similarity"])
-        self.encoder, self.collection = manifest.inputs["encoder"], manifest.inputs["passages"]
+        self.encoder, self.passages_fingerprint = manifest.inputs["encoder"], manifest.inputs["passages"]
         self._starts: Rows = np.cumsum([0, *(count for _, count in facts["shards"])])
         self.shards = [Shard(name, int(at), n) for (name, n), at in zip(facts["shards"], self._starts, strict=False)]
         folder = self.folder / "shards"
@@ -158,11 +159,16 @@ class VectorStore:
 
     def passages_of(self, rows: Rows) -> list[Passage]:
         """Return the passages of rows."""
-        return [Passage(*row) for row in self._take_columns(rows, ("id", "title", "text"))]
+        return [Passage(*row) for row in self._take_columns(rows, PASSAGE_COLUMNS)]
 
     def hashes_of(self, rows: Rows) -> npt.NDArray[np.uint64]:
         """Return `hash_passage` of rows."""
         return np.array([row[0] for row in self._take_columns(rows, ("hash",))], dtype=np.uint64)
+
+    @property
+    def metadata(self) -> pa.ChunkedArray:
+        """Return the metadata [N] of all rows, as `Passage` has it."""
+        return pa.chunked_array([chunk for t in self._tables for chunk in t["metadata"].chunks], pa.large_string())
 
     def read_raw(self, size: int = BLOCK) -> Iterator[tuple[int, npt.NDArray[Any], Vectors | None]]:
         """Yield (first row, [n, D] vectors as stored, their [n] scales) in order; a block never spans two shards."""

@@ -37,19 +37,31 @@ class StoreWriter:
         dead: which rows of the base the next version no longer has.
     """
 
-    def __init__(self, folder: Path, dtype: Dtype, inputs: dict[str, str]) -> None:
-        self.folder, self.dtype, self.inputs = folder, dtype, inputs
-        self.base = _open_base(folder, dtype, inputs["encoder"])
+    def __init__(self, folder: Path, dtype: Dtype, encoder: str) -> None:
+        self.folder, self.dtype, self.encoder = folder, dtype, encoder
+        self.base = _open_base(folder, dtype, encoder)
         self.shards: list[tuple[str, int]] = [] if self.base is None else [(s.name, s.count) for s in self.base.shards]
         self.dead = np.zeros(0 if self.base is None else self.base.count, dtype=np.bool_)
         if self.base is not None and self.base.alive is not None:
             self.dead = ~self.base.alive
         self._entries: dict[str, dict[str, Any]] = {} if self.base is None else dict(self.base.manifest.files)
 
+    def require_base(self) -> VectorStore:
+        """Return the present version, seen from inside the lock.
+
+        Raises:
+            ArtefactError: another writer has made vectors of another encoder of them.
+        """
+        if self.base is None:
+            raise ArtefactError(
+                "Another writer has just changed the encoder of these vectors.", path=self.folder, remedy="Start again."
+            )
+        return self.base
+
     def name_shard(self, passages: Sequence[Passage], *made_with: object) -> str:
         """Return the name of the shard of these passages."""
-        rows = [(p.passage_id, hash_passage(p)) for p in passages]
-        return hash_json([self.inputs["encoder"], self.dtype, made_with, rows])[:32]
+        rows = [(p.passage_id, hash_passage(p), p.metadata) for p in passages]
+        return hash_json([self.encoder, self.dtype, made_with, rows])[:32]
 
     def find_shard(self, name: str) -> bool:
         """Return whether a shard is there whole, from this version or from a call that was killed; note its files."""
@@ -96,8 +108,15 @@ class StoreWriter:
         replace_file(folder / f"{name}.done", json.dumps(entries))
         self._entries |= entries
 
-    def publish(self, dimensions: int, similarity: str, options: dict[str, Any]) -> None:
-        """Write the index of ids and the dead rows of `shards`, and make this the present version."""
+    def publish(self, passages: str, dimensions: int, similarity: str, options: dict[str, Any]) -> None:
+        """Write the index of ids and the dead rows of `shards`, and make this the present version.
+
+        Args:
+            passages: fingerprint of the passages.
+            dimensions: D.
+            similarity: cosine or dot.
+            options: what the vectors were made with.
+        """
         version = 1 + _read_version(self.folder)
         folder, name = self.folder / "versions", f"{version:08d}"
         folder.mkdir(exist_ok=True)
@@ -121,18 +140,19 @@ class StoreWriter:
             "shards": self.shards,
         }
         before = _list_files(self.folder)
-        publish_version(self.folder, "vectors", options=options, inputs=self.inputs, facts=facts, files=files)
+        inputs = {"passages": passages, "encoder": self.encoder}
+        publish_version(self.folder, "vectors", options=options, inputs=inputs, facts=facts, files=files)
         _sweep(self.folder, {*before, *files})
 
 
 @contextlib.contextmanager
-def write_store(folder: str | Path, dtype: Dtype, inputs: dict[str, str]) -> Iterator[StoreWriter]:
+def write_store(folder: str | Path, dtype: Dtype, encoder: str) -> Iterator[StoreWriter]:
     """Keep other writers out of a store while the block makes its next version.
 
     Args:
         folder: of the store; made where there is none.
         dtype: how vectors are stored.
-        inputs: fingerprints of the encoder and of the passages.
+        encoder: fingerprint of what makes the vectors.
 
     Raises:
         UsageError: another writer is at work, or something else stands there.
@@ -143,7 +163,7 @@ def write_store(folder: str | Path, dtype: Dtype, inputs: dict[str, str]) -> Ite
     with explain_failed_writes(folder):
         try:
             with hold_lock(folder, wait=False):
-                yield StoreWriter(folder, dtype, inputs)
+                yield StoreWriter(folder, dtype, encoder)
         except BlockingIOError as error:
             raise UsageError("Another writer is at work here.", path=folder, remedy="Wait for it.") from error
 
@@ -155,23 +175,23 @@ def delete_passages(folder: str | Path, passage_ids: Sequence[str]) -> VectorSto
         UsageError: an id that is not there.
     """
     store = VectorStore(folder)
-    inputs = {"encoder": store.encoder, "passages": hash_json([store.collection, "deleted", sorted(set(passage_ids))])}
-    with write_store(folder, store.dtype, inputs) as writer:
-        store = writer.base or store
+    with write_store(folder, store.dtype, store.encoder) as writer:
+        store = writer.require_base()
         rows = store.rows_of(passage_ids)
         if (rows < 0).any():
             missing = [passage_ids[at] for at in np.flatnonzero(rows < 0).tolist()]
             raise UsageError(f"There is no passage {missing[0]!r} here ({len(missing)} in all).", path=folder)
         writer.dead[rows] = True
-        writer.publish(store.dimensions, store.similarity, store.manifest.options)
+        passages = hash_json([store.passages_fingerprint, "deleted", sorted(set(passage_ids))])
+        writer.publish(passages, store.dimensions, store.similarity, store.manifest.options)
     return VectorStore(folder)
 
 
 def compact_store(folder: str | Path) -> VectorStore:
     """Make a version of the same passages without dead rows; shards that have none are kept as they are."""
     store = VectorStore(folder)
-    with write_store(folder, store.dtype, dict(store.manifest.inputs)) as writer:
-        store = writer.base or store
+    with write_store(folder, store.dtype, store.encoder) as writer:
+        store = writer.require_base()
         if not writer.dead.any():
             return store
         kept: list[tuple[str, int]] = []
@@ -188,7 +208,7 @@ def compact_store(folder: str | Path) -> VectorStore:
                 kept.append((name, len(live)))
         writer.shards = kept
         writer.dead = np.zeros(0, dtype=np.bool_)
-        writer.publish(store.dimensions, store.similarity, store.manifest.options)
+        writer.publish(store.passages_fingerprint, store.dimensions, store.similarity, store.manifest.options)
     return VectorStore(folder)
 
 
@@ -250,7 +270,8 @@ def _require_place(folder: Path) -> None:
     """Refuse a folder with other files: a store clears away what it does not know."""
     if folder.is_file():
         raise UsageError("This is no place for an output folder.", path=folder, remedy="Name a new folder.")
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {"shards", "versions"}:
+    begun = ("shards", "versions", f".{MANIFEST}.")  # of a call that was killed before there was a version
+    if not folder.is_dir() or all(path.name.startswith(begun) for path in folder.iterdir()):
         return
     kind = "other files"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -270,6 +291,7 @@ def _write_table(path: Path, passages: Sequence[Passage]) -> None:
         pa.array([hash_passage(p) for p in passages], pa.uint64()),
         pa.array([p.title for p in passages], pa.large_string()),
         pa.array([p.text for p in passages], pa.large_string()),
+        pa.array([p.metadata for p in passages], pa.large_string()),
     ]
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))

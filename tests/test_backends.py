@@ -172,6 +172,17 @@ def test_an_export_runs_without_torch(export: Callable[[str, str], Path], to: st
     assert loaded_after(statement, "torch", "transformers", "sentence_transformers") == []
 
 
+@pytest.mark.parametrize("to", BACKENDS)
+def test_encoding_and_searching_with_an_export_load_no_torch(
+    export: Callable[[str, str], Path], toy: Path, tmp_path: Path, to: str
+) -> None:
+    start = ["--start", str(export("mean, cosine, prefixes", to)), "--query-length", "20"]
+    vectors = str(tmp_path / "vectors")
+    for arguments in (["encode", str(toy), "-o", vectors, *start], ["search", vectors, "which river", *start]):
+        statement = f"from pairdr.cli import main; main({arguments!r})"
+        assert loaded_after(statement, "torch", "transformers", "sentence_transformers") == []
+
+
 def test_openvino_and_nncf_are_imported_without_their_telemetry(export: Callable[[str, str], Path]) -> None:
     folder = export("mean, cosine, prefixes", "openvino")
     parts = (

@@ -23,12 +23,15 @@ from pairdr import commands, pipeline, store_commands
 from pairdr.artefact import read_manifest
 from pairdr.cli import main
 from pairdr.collection import open_collection
-from pairdr.config import Options, RunConfig
-from pairdr.formats import Examples
+from pairdr.config import ModelConfig, Options, RunConfig
+from pairdr.formats import Examples, read_run
+from pairdr.lexical import LexicalIndex
+from pairdr.records import Passage, Query
+from pairdr.teachers import load_teacher, read_recipe
 
 COMMANDS = (
     *("run", "demo", "check", "mine", "teach", "label", "train", "encode", "search", "evaluate", "verify"),
-    *("upsert", "delete", "compact", "export", "index"),
+    *("upsert", "delete", "compact", "export", "index", "index-words"),
 )
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = {"p1": "The Lune is a river.", "p2": "A market on Monday.", "p3": "An old bridge."}
@@ -314,7 +317,7 @@ def test_vectors_of_another_model(fail: Fail, work: Path, toy: Path, bare_model:
 
 def test_a_folder_that_is_no_work_folder(fail: Fail, tmp_path: Path) -> None:
     sentence = fail(1, "search", tmp_path, "which river")
-    assert sentence == f"{tmp_path}: This is no finished work folder. Run pairdr run DATA -o WORK first."
+    assert sentence.startswith(f"{tmp_path}: These are no vectors, and no finished work folder. Run pairdr run DATA")
 
 
 def test_a_work_file_that_is_broken(fail: Fail, work: Path, tmp_path: Path) -> None:
@@ -324,10 +327,12 @@ def test_a_work_file_that_is_broken(fail: Fail, work: Path, tmp_path: Path) -> N
 
 
 def test_a_search_for_neither_a_question_nor_a_split(fail: Fail, work: Path) -> None:
-    assert fail(2, "search", work).startswith("Name a question, or --data and --output")
+    assert fail(2, "search", work).startswith("Name a question; or --output, and --queries or --data")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((" ",), "The question is empty."), (("x", "-k", "0"), "k is 0;")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((" ",), "The question is empty."), (("x", "-k", "0"), "Option k is 0;")]
+)
 def test_a_question_that_cannot_be(fail: Fail, work: Path, arguments: tuple[str, ...], message: str) -> None:
     assert fail(2, "search", work, *arguments).startswith(message)
 
@@ -629,6 +634,46 @@ def test_search_prints_json_for_machines(call: Call, work: Path) -> None:
     assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
 
 
+def test_questions_of_a_file_or_a_split_become_a_run(
+    call: Call, fail: Fail, toy: Path, work: Path, tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.txt"
+    questions.write_text("which river runs through kendal\nwho founded the town of ryde\n", encoding="utf-8")
+    options = ("-o", tmp_path / "run", "-k", "5", "--mode", "hybrid", "--fusion", "rrf")
+    assert call("search", work, "--queries", questions, *options)[1] == f"2 queries in {tmp_path / 'run'}/run.trec\n"
+    run = read_run(tmp_path / "run" / "run.trec")
+    assert list(run) == ["questions.txt:1", "questions.txt:2"]
+    output = call("search", work, "which river runs through kendal", "--json", *options[2:])[1]
+    hits = [json.loads(line) for line in output.splitlines()]
+    assert [hit["passage_id"] for hit in hits] == [hit.passage_id for hit in run["questions.txt:1"]]
+    made_with = read_manifest(tmp_path / "run", "run").options
+    assert (made_with["k"], made_with["mode"], made_with["fusion"]) == (5, "hybrid", "rrf")
+    assert call("search", work, "--data", toy, "--split", "dev", "-o", tmp_path / "dev")[0] == 0
+    assert len(read_run(tmp_path / "dev" / "run.trec")) == 48
+    assert fail(2, "search", work, "-o", tmp_path / "dev").startswith("Name either --queries or --data")
+    both = ("--data", toy, "--queries", questions)
+    assert fail(2, "search", work, "-o", tmp_path / "dev", *both).startswith("Name either --queries or --data")
+
+
+def test_the_teacher_of_a_work_folder_reranks(call: Call, work: Path) -> None:
+    text = "which river runs through kendal"
+
+    def ask(*options: object) -> list[dict[str, Any]]:
+        code, output, errors = call("search", work, text, "--json", "--mode", "bm25", *options)
+        assert code == 0, errors
+        return [json.loads(line) for line in output.splitlines()]
+
+    recipe = read_recipe(work / "teacher")
+    assert recipe is not None
+    teacher = load_teacher(recipe, work / "teacher", LexicalIndex(work / "bm25"), ModelConfig(device="cpu"))
+    passages = [Passage(hit["passage_id"], hit["title"], hit["text"]) for hit in ask("-k", "50")]
+    (scores,) = teacher.score([Query("q", text)], [passages])
+    best = sorted(zip((-scores).tolist(), [p.passage_id for p in passages], strict=True))[:10]
+    hits = ask("--reranker", "teacher")
+    assert [hit["passage_id"] for hit in hits] == [passage_id for _, passage_id in best]
+    assert [hit["score"] for hit in hits] == pytest.approx([-score for score, _ in best], abs=1e-5)
+
+
 def test_a_search_without_hits_prints_nothing(call: Call, work: Path) -> None:
     assert call("search", work, "xyzzy", "--mode", "bm25") == (0, "", "")
 
@@ -676,13 +721,22 @@ def test_verify_finds_a_flipped_byte(call: Call, fail: Fail, work: Path, tmp_pat
     copy = Path(shutil.copytree(work / "vectors/pair", tmp_path / "vectors"))
     code, output, _ = call("verify", copy)
     assert (code, output.split(" ", 1)[1].split("(")[1].split(",")[0]) == (0, "vectors")
-    path = copy / "00000.npy"
+    (path,) = (copy / "shards").glob("*.npy")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     assert fail(1, "verify", copy).startswith(
-        f"{copy}: 00000.npy is not the file that was written: its sha256 differs."
+        f"{copy}: shards/{path.name} is not the file that was written: its sha256 differs."
     )
+
+
+def test_verify_compares_vectors_with_those_of_their_model(call: Call, fail: Fail, work: Path) -> None:
+    vectors, model = work / "vectors/pair", ("--start", work / "models/pair")
+    assert call("verify", vectors, *model)[1].splitlines()[-1] == "120 vectors are those of their passages"
+    sampled = call("verify", vectors, *model, "--sample", "9")
+    assert sampled[1].splitlines()[-1] == "9 vectors are those of their passages"
+    assert "made by encoder" in fail(1, "verify", vectors, "--start", work / "models/start")
+    assert fail(2, "verify", work / "bm25", *model).startswith(f"{work / 'bm25'}: Only vectors are compared")
 
 
 def test_verify_names_what_is_no_output(fail: Fail, tmp_path: Path) -> None:
@@ -719,4 +773,4 @@ def test_every_command_is_listed_here(call: Call) -> None:
         for name, value in vars(module).items()
         if callable(value) and value.__module__ == module.__name__
     }
-    assert {name for name in public if not name.startswith("_")} == set(COMMANDS)
+    assert {name.replace("_", "-") for name in public if not name.startswith("_")} == set(COMMANDS)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from pairdr import collection as module
 from pairdr import ids
+from pairdr.check import check_collection
 from pairdr.collection import find_orphans, find_problems, normalise_text, open_collection
-from pairdr.config import DataConfig
+from pairdr.config import DataConfig, ModelConfig
 from pairdr.errors import DataError, UsageError
 from pairdr.records import Passage, Query
 
@@ -131,6 +133,26 @@ def test_two_ids_with_one_hash_are_told_apart(folder: Path, monkeypatch: pytest.
     data = open_collection(folder)
     assert [data.passage(passage_id).passage_id for passage_id in CORPUS] == list(CORPUS)
     assert "p4" not in data.passages
+
+
+@pytest.mark.parametrize("choice", ["first", "last"])
+def test_of_an_id_that_occurs_twice_the_chosen_one_is_taken(folder: Path, choice: Any) -> None:
+    texts = {"p2": ["again", "and again"], "p1": ["once more"]}
+    for text_id, more in texts.items():
+        for text in more:
+            add_line(folder / "corpus.jsonl", json.dumps({"_id": text_id, "text": text}))
+    add_query(folder, "u1", "asked again")
+    question = open_collection(folder, strict=False).query("u1").text
+    data = open_collection(folder, DataConfig(on_duplicate=choice))
+    taken = {passage_id: text if isinstance(text, str) else text[1] for passage_id, text in CORPUS.items()}
+    taken |= {text_id: more[-1] for text_id, more in texts.items()} if choice == "last" else {}
+    assert {p.passage_id: p.text for block in data.read_passages() for p in block} == taken
+    assert [data.passages.row_of(data.passages.id_of(row)) for row in range(len(data.passages))] == [0, 1, 2]
+    assert data.query("u1").text == ("asked again" if choice == "last" else question)
+    warned = check_collection(data, ModelConfig(start="none")).warnings
+    assert {f"2 passage ids occur twice: the {choice} is taken", f"1 query ids occur twice: the {choice} is taken"} <= {
+        *warned
+    }
 
 
 def test_an_unknown_id_is_a_data_error_that_names_it(folder: Path) -> None:
@@ -341,9 +363,9 @@ def count_conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     calls: list[Path] = []
     convert = module._convert
 
-    def counted(inputs: dict[str, Path], staging: module.Staging) -> None:
+    def counted(inputs: dict[str, Path], staging: module.Staging, *rest: Any) -> None:
         calls.append(staging.path)
-        convert(inputs, staging)
+        convert(inputs, staging, *rest)
 
     monkeypatch.setattr(module, "_convert", counted)
     return calls

@@ -19,6 +19,7 @@ from pairdr.formats import (
     Examples,
     read_jsonl,
     read_lines,
+    read_passages,
     read_qrels,
     read_run,
     read_texts,
@@ -171,6 +172,20 @@ def test_a_gzipped_trec_run_is_read(tmp_path: Path) -> None:
 def test_numbers_as_ids_become_strings_and_a_missing_title_is_empty(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "c.jsonl", '{"_id": 7, "text": "x"}\n{"_id": "8", "title": null, "text": "y"}\n')
     assert [row for _, row in read_texts(path, ("_id", "title", "text"))] == [["7", "", "x"], ["8", "", "y"]]
+
+
+def test_metadata_becomes_json_with_sorted_keys(tmp_path: Path) -> None:
+    more = [', "metadata": {"b": [1], "a": "é"}', ', "metadata": {}', ""]
+    lines = [f'{{"_id": "{number}", "text": "x"{item}}}\n' for number, item in enumerate(more)]
+    path = write_bytes(tmp_path / "c.jsonl", "".join(lines))
+    assert [passage.metadata for passage in read_passages(path)] == ['{"a": "\\u00e9", "b": [1]}', "", ""]
+
+
+@pytest.mark.parametrize("metadata", ['"en"', "[1]", "7"])
+def test_metadata_that_is_no_object_is_refused(tmp_path: Path, metadata: str) -> None:
+    path = write_bytes(tmp_path / "c.jsonl", f'{{"_id": "a", "text": "x", "metadata": {metadata}}}\n')
+    with pytest.raises(DataError, match=r'c\.jsonl:1: "metadata" is no object'):
+        list(read_passages(path))
 
 
 def test_questions_without_ids_are_named_by_file_and_line(tmp_path: Path) -> None:

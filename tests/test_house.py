@@ -22,7 +22,7 @@ ROOMS = (
     *("errors", "records", "options", "config", "formats", "artefact", "progress", "ids", "collection", "sources"),
     *("measures", "fusion"),
     *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
-    *("tokens", "start", "encoder", "backends", "vectors", "versions", "indexes", "lexical", "teachers"),
+    *("tokens", "start", "encoder", "backends", "vectors", "versions", "indexes", "lexical", "filters", "teachers"),
     *("batches", "objective", "tuning", "checkpoint", "watch", "loop"),
     *("check", "costs", "encode", "index", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
     *("gate", "export"),
@@ -32,7 +32,19 @@ ROOMS = (
 # None of these may load torch when it is imported.
 LIGHT = (
     *("errors", "records", "options", "config", "formats", "artefact", "collection", "tokens", "vectors", "versions"),
-    *("lexical", "measures", "check", "encode", "mine", "evaluate", "index", "indexes.exact", "indexes.faiss"),
+    *(
+        "lexical",
+        "filters",
+        "search",
+        "measures",
+        "check",
+        "encode",
+        "mine",
+        "evaluate",
+        "index",
+        "indexes.exact",
+        "indexes.faiss",
+    ),
     *("backends", "backends.exported", "backends.onnx", "backends.openvino", "gate"),
 )
 

@@ -20,12 +20,13 @@ import pytest
 from pairdr import pipeline as module
 from pairdr import steps as steps_module
 from pairdr.artefact import publish, read_manifest, verify_artefact
-from pairdr.collection import open_collection
+from pairdr.collection import Collection, open_collection
 from pairdr.config import (
     DataConfig,
     EncodeConfig,
     EvaluateConfig,
     LabelConfig,
+    LexicalConfig,
     MineConfig,
     ModelConfig,
     RunConfig,
@@ -38,6 +39,7 @@ from pairdr.costs import ENCODE_SHARE, TRAIN_SHARE, CostModel, measure_costs
 from pairdr.encode import encode_corpus
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, DataError, UsageError
+from pairdr.lexical import index_words
 from pairdr.measures import compute_p_value, measure_run
 from pairdr.pipeline import RunResult, format_plan, plan_run, run_demo, run_pipeline
 from pairdr.records import Run, Scored
@@ -45,6 +47,7 @@ from pairdr.search import Searcher, rank_dense
 from pairdr.steps import list_arms
 from pairdr.table import Table, compare_systems, read_table
 from pairdr.vectors import VectorStore
+from pairdr.versions import delete_passages
 from pairdr.work import Work
 
 if TYPE_CHECKING:
@@ -76,8 +79,8 @@ def make_config(start: Path, **changes: Any) -> RunConfig:
 class Finished:
     """A finished work folder with all arms, and how it was made."""
 
-    def __init__(self, result: RunResult, config: RunConfig) -> None:
-        self.result, self.config = result, config
+    def __init__(self, result: RunResult, config: RunConfig, collection: Collection) -> None:
+        self.result, self.config, self.collection = result, config, collection
         self.folder = result.work
 
     def copy(self, target: Path) -> Path:
@@ -91,7 +94,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, toy: Path, tiny_model: Pa
     config = make_config(tiny_model, arms=("all",))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAIRDR_CACHE", str(folder / "cache"))
-        return Finished(run_pipeline(toy, folder / "work", config), config)
+        return Finished(run_pipeline(toy, folder / "work", config), config, open_collection(toy))
 
 
 def write_changed(toy: Path, folder: Path, keep: Callable[[dict[str, Any]], bool]) -> Path:
@@ -370,7 +373,6 @@ def test_hidden_labels_measure_the_pseudo_labels(toy: Path, tiny_model: Path, tm
     hidden = read_manifest(result.work / "examples").facts["hidden"]
     assert 0 < hidden["right"] <= hidden["checked"] <= 30
     assert any(note.startswith(f"Measured on hidden labels: {hidden['right']} of") for note in result.table.notes)
-    assert Searcher.open(result.work).collection.config.hide_labels == 0.5
 
 
 def test_without_a_test_split_the_table_is_of_dev_and_says_so(toy: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -507,7 +509,7 @@ def test_a_finished_folder_is_searched_in_every_mode(finished: Finished, mode: A
     assert len(hits) == 5
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     assert len({hit.passage_id for hit in hits}) == 5
-    assert all(hit.passage == searcher.collection.passage(hit.passage_id) for hit in hits)
+    assert all(hit.passage == finished.collection.passage(hit.passage_id) for hit in hits)
     if mode != "dense":
         assert hits[0].passage_id == "kendal-river"
 
@@ -517,7 +519,7 @@ def test_search_gives_what_the_runs_gave(finished: Finished) -> None:
     for system, mode in (("pair", "dense"), ("bm25", "bm25"), ("pair_bm25", "hybrid")):
         run = Run.open(finished.folder / "runs/test" / system / "run.arrow")
         query_id = next(iter(run))
-        found = searcher.search(searcher.collection.query(query_id).text, k=10, mode=mode)
+        found = searcher.search(finished.collection.query(query_id).text, k=10, mode=mode)
         assert [hit.passage_id for hit in found] == [hit.passage_id for hit in run[query_id][:10]], system
         np.testing.assert_allclose([hit.score for hit in found], [hit.score for hit in run[query_id][:10]], atol=1e-5)
 
@@ -531,7 +533,7 @@ def test_the_work_file_names_what_won_on_dev(finished: Finished) -> None:
     assert (facts["model"], facts["vectors"]) == ("models/pair", "vectors/pair")
     searcher = Searcher.open(finished.folder)
     question = "who founded the town of ryde"
-    assert searcher.search(question) == searcher.search(question, 10, facts["mode"])
+    assert searcher.search(question) == searcher.search(question, 10, mode=facts["mode"])
 
 
 def test_more_hits_than_passages_are_all_passages(finished: Finished) -> None:
@@ -541,32 +543,29 @@ def test_more_hits_than_passages_are_all_passages(finished: Finished) -> None:
 @pytest.mark.parametrize(
     ("text", "k", "mode", "message"),
     [
-        ("  ", 5, None, "The question is empty"),
-        ("river", 0, None, "k is 0; it must be at least 1"),
-        ("river", 5, "both", "Unknown mode 'both'. There are: dense, bm25, hybrid"),
+        ("  ", 5, "auto", "The question is empty"),
+        ("river", 0, "auto", "k is 0; it must be at least 1"),
+        ("river", 5, "both", "mode is 'both'; it must be one of auto, dense, bm25, hybrid"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(finished: Finished, text: str, k: int, mode: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Searcher.open(finished.folder).search(text, k, mode)
+        Searcher.open(finished.folder).search(text, k, mode=mode)
 
 
 def test_an_unfinished_folder_is_not_searched(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"This is no finished work folder\. Run pairdr run"):
+    with pytest.raises(ArtefactError, match=r"no finished work folder\. Run pairdr run"):
         Searcher.open(tmp_path)
 
 
-def test_a_corpus_that_has_changed_is_not_searched(toy: Path, finished: Finished, tmp_path: Path) -> None:
-    data = Path(shutil.copytree(toy, tmp_path / "data"))
-    corpus = (data / "corpus.jsonl").read_text(encoding="utf-8")
-    (data / "corpus.jsonl").write_text(
-        corpus.replace("The river that runs", "The stream that runs", 1), encoding="utf-8"
-    )
+def test_words_of_other_passages_are_not_searched(finished: Finished, tmp_path: Path) -> None:
     work = finished.copy(tmp_path / "work")
-    facts = json.loads((work / "work.json").read_text(encoding="utf-8"))
-    (work / "work.json").write_text(json.dumps(facts | {"collection": str(data)}), encoding="utf-8")
-    with pytest.raises(ArtefactError, match="The corpus has changed since it was encoded"):
+    delete_passages(work / "vectors/pair", ["kendal-river"])
+    with pytest.raises(ArtefactError, match="The passages have changed since their words were indexed"):
         Searcher.open(work)
+    index_words(VectorStore(work / "vectors/pair"), LexicalConfig(), work / "bm25")
+    found = Searcher.open(work).search("which river runs through kendal", k=120, mode="hybrid")
+    assert "kendal-river" not in {hit.passage_id for hit in found}
 
 
 def test_a_model_that_does_not_fit_the_vectors_is_not_searched_with(finished: Finished, tmp_path: Path) -> None:

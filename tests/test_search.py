@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pairdr.artefact import verify_artefact
 from pairdr.collection import Collection, open_collection
-from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig, SearchConfig
+from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig, QueryConfig, SearchConfig
 from pairdr.encode import encode_corpus
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, UsageError
@@ -242,7 +242,9 @@ class Parts:
         self.queries = [self.data.query(query_id) for query_id in self.data.qrels("test")]
 
     def searcher(self) -> Searcher:
-        return Searcher(self.data, self.encoder, self.store, self.index, "dense", (0.2, 0.8), 100)
+        return Searcher(
+            self.store, self.encoder, words=self.index, weights=(0.2, 0.8), config=QueryConfig(mode="dense")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +278,7 @@ def test_a_dense_ranking_deeper_than_the_corpus_holds_each_passage_once(parts: P
 
 
 def test_bm25_finds_the_passages_of_the_toy_data(parts: Parts) -> None:
-    found = collect(rank_words(parts.queries, parts.data, parts.index, SearchConfig(k=10)))
+    found = collect(rank_words(parts.queries, parts.index, SearchConfig(k=10)))
     right = [found[query][0][0] in judged for query, judged in parts.data.qrels("test").items()]
     assert sum(right) > 0.8 * len(right)
 
@@ -284,7 +286,7 @@ def test_bm25_finds_the_passages_of_the_toy_data(parts: Parts) -> None:
 def test_a_published_search_reads_the_same_in_both_forms(parts: Parts, tmp_path: Path) -> None:
     config = SearchConfig(k=5)
     run = write_search(
-        rank_words(parts.queries, parts.data, parts.index, config), config, tmp_path / "runs" / "bm25",
+        rank_words(parts.queries, parts.index, config), config, tmp_path / "runs" / "bm25",
         total=len(parts.queries), inputs={"index": parts.index.fingerprint}, options={"system": "bm25"},
     )  # fmt: skip
     manifest = verify_artefact(tmp_path / "runs" / "bm25")
@@ -296,7 +298,7 @@ def test_a_published_search_reads_the_same_in_both_forms(parts: Parts, tmp_path:
 
 @pytest.mark.parametrize("mode", ["dense", "bm25", "hybrid"])
 def test_a_searcher_returns_the_k_best_with_their_passages(parts: Parts, mode: str) -> None:
-    hits = parts.searcher().search("which river runs through Ashford", k=3, mode=mode)  # type: ignore[arg-type]
+    hits = parts.searcher().search("which river runs through Ashford", k=3, mode=mode)
     assert len(hits) == 3
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     assert all(hit.passage == parts.data.passage(hit.passage_id) for hit in hits)
@@ -306,20 +308,24 @@ def test_a_searcher_returns_the_k_best_with_their_passages(parts: Parts, mode: s
 
 @pytest.mark.parametrize(
     ("text", "k", "mode", "message"),
-    [(" ", 10, None, "question is empty"), ("x", 0, None, "k is 0"), ("x", 1, "fuzzy", "Unknown mode 'fuzzy'")],
+    [
+        (" ", 10, "auto", "question is empty"),
+        ("x", 0, "auto", "Option k is 0; it must be at least 1"),
+        ("x", 1, "fuzzy", "Option mode is 'fuzzy'; it must be one of auto, dense, bm25, hybrid"),
+    ],
 )
-def test_a_searcher_refuses_what_cannot_be(parts: Parts, text: str, k: int, mode: str | None, message: str) -> None:
+def test_a_searcher_refuses_what_cannot_be(parts: Parts, text: str, k: int, mode: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        parts.searcher().search(text, k, mode)  # type: ignore[arg-type]
+        parts.searcher().search(text, k, mode=mode)
 
 
 def test_an_unfinished_work_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"no finished work folder.*pairdr run"):
+    with pytest.raises(ArtefactError, match=r"no vectors, and no finished work folder.*pairdr run"):
         Searcher.open(tmp_path)
 
 
 def test_queries_are_ranked_in_their_order_whatever_the_block(parts: Parts) -> None:
     queries = [Query(f"q{number}", "market") for number in range(5)]
     for block in (1, 2, 5, 9):
-        found = collect(rank_words(queries, parts.data, parts.index, SearchConfig(query_block=block)))
+        found = collect(rank_words(queries, parts.index, SearchConfig(query_block=block)))
         assert list(found) == [query.query_id for query in queries]

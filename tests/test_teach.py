@@ -21,7 +21,6 @@ from pairdr.teach import (
     TeachResult,
     choose_teacher,
     judge_teachers,
-    read_recipe,
     require_accepted,
     sample_ids,
     train_cross_encoder,
@@ -34,6 +33,7 @@ from pairdr.teachers import (
     Teacher,
     load_dual_encoder,
     load_teacher,
+    read_recipe,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def cross_encoder(tmp_path_factory: pytest.TempPathFactory, toy_parts: Parts) ->
 
 def make_teacher(kind: str, parts: Parts, cross_encoder: Path) -> Teacher:
     dual = DualEncoderTeacher(parts.encoder, "student", str(parts.start))
-    words = LexicalTeacher(parts.collection, parts.index)
+    words = LexicalTeacher(parts.index)
     pairs = CrossEncoderTeacher(str(cross_encoder))
     return {
         "dual encoder": dual,
@@ -136,7 +136,7 @@ def test_every_teacher_can_be_made_again_from_its_description(
 ) -> None:
     queries, rows = read_candidates(toy_parts, (7, 3))
     teacher = make_teacher(kind, toy_parts, cross_encoder)
-    again = load_teacher(teacher.describe(), tmp_path, toy_parts.collection, toy_parts.index, ModelConfig())
+    again = load_teacher(teacher.describe(), tmp_path, toy_parts.index, ModelConfig())
     assert again.name == teacher.name
     assert again.describe() == teacher.describe()
     for expected, found in zip(teacher.score(queries, rows), again.score(queries, rows), strict=True):
@@ -183,7 +183,7 @@ def test_a_fusion_does_not_ask_a_member_without_weight(toy_parts: Parts) -> None
 def test_stored_vectors_spare_encoding_the_passages(toy_parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, rows = read_candidates(toy_parts, (7, 0))
     recipe = {"kind": "dual_encoder", "name": "student", "source": str(toy_parts.start)}
-    parts = (recipe, ".", toy_parts.collection, toy_parts.index, ModelConfig())
+    parts = (recipe, ".", toy_parts.index, ModelConfig())
     expected = load_teacher(*parts).score(queries, rows)
     teacher = load_teacher(*parts, store=toy_parts.store)
     monkeypatch.setattr(DualEncoder, "encode_passages", lambda *_: pytest.fail("encoded again"))
@@ -194,7 +194,7 @@ def test_stored_vectors_spare_encoding_the_passages(toy_parts: Parts, monkeypatc
 def test_stored_vectors_of_another_model_are_not_used(toy_parts: Parts, bare_model: Path) -> None:
     queries, rows = read_candidates(toy_parts, (7,))
     recipe = {"kind": "dual_encoder", "name": "larger", "source": str(bare_model)}
-    parts = (recipe, ".", toy_parts.collection, toy_parts.index, ModelConfig())
+    parts = (recipe, ".", toy_parts.index, ModelConfig())
     expected = load_teacher(*parts).score(queries, rows)[0]
     np.testing.assert_allclose(load_teacher(*parts, store=toy_parts.store).score(queries, rows)[0], expected)
 
@@ -212,7 +212,7 @@ def test_a_larger_dual_encoder_works_on_the_chosen_device(bare_model: Path) -> N
 
 def test_an_unknown_kind_of_teacher_is_refused(toy_parts: Parts) -> None:
     with pytest.raises(UsageError, match="Unknown kind of teacher 'oracle'"):
-        load_teacher({"kind": "oracle"}, "teacher", toy_parts.collection, toy_parts.index, ModelConfig())
+        load_teacher({"kind": "oracle"}, "teacher", toy_parts.index, ModelConfig())
 
 
 def test_a_folder_that_is_no_cross_encoder_is_refused(tmp_path: Path) -> None:
@@ -538,7 +538,7 @@ def test_a_teacher_can_be_moved_together_with_its_work_folder(
     def score(folder: Path) -> np.ndarray:
         recipe = read_recipe(folder)
         assert recipe is not None
-        return load_teacher(recipe, folder, parts.collection, parts.index, ModelConfig()).score(queries, rows)[0]
+        return load_teacher(recipe, folder, parts.index, ModelConfig()).score(queries, rows)[0]
 
     before = score(work / "teacher")
     work.rename(tmp_path / "moved")
@@ -555,5 +555,5 @@ def test_a_teacher_from_elsewhere_is_found_from_any_folder(
     (tmp_path / "work").rename(tmp_path / "moved")
     monkeypatch.chdir("/")
     folder = tmp_path / "moved" / "teacher"
-    teacher = load_teacher(read_recipe(folder), folder, toy_parts.collection, toy_parts.index, ModelConfig())
+    teacher = load_teacher(read_recipe(folder), folder, toy_parts.index, ModelConfig())
     assert len(teacher.members) == 3

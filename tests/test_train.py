@@ -41,7 +41,7 @@ def known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 def examples(tmp_path_factory: pytest.TempPathFactory, toy_parts: Parts) -> Path:
     """Return the folder of examples that BM25 as the teacher makes of the toy data."""
     folder = tmp_path_factory.mktemp("labelled") / "examples"
-    teacher = LexicalTeacher(toy_parts.collection, toy_parts.index)
+    teacher = LexicalTeacher(toy_parts.index)
     label_examples(toy_parts.collection, toy_parts.candidates, teacher, LabelConfig(), folder)
     return folder
 

@@ -229,7 +229,7 @@ def test_readers_beside_a_writer_see_whole_versions(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     build(tmp_path / "v", make_texts(9))
     with (
-        write_store(tmp_path / "v", "float32", {"encoder": ENCODER.fingerprint, "passages": "p"}),
+        write_store(tmp_path / "v", "float32", ENCODER.fingerprint),
         pytest.raises(UsageError, match="Another writer is at work here"),
     ):
         delete_passages(tmp_path / "v", ["p001"])
@@ -347,11 +347,11 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 
 def test_two_rows_of_one_id_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "v", make_texts(9))
-    with write_store(tmp_path / "v", "float32", {"encoder": ENCODER.fingerprint, "passages": "p"}) as writer:
+    with write_store(tmp_path / "v", "float32", ENCODER.fingerprint) as writer:
         passages = to_passages(make_texts(2))
         writer.write_shard("twice", passages, ENCODER.encode_passages(passages))
         writer.shards.append(("twice", 2))
-        writer.publish(SIZE, "cosine", {})
+        writer.publish("p", SIZE, "cosine", {})
     with pytest.raises(ArtefactError, match="Two vectors have the id 'p000'"):
         verify_store(tmp_path / "v")
 

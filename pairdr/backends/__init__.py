@@ -37,6 +37,10 @@ class Encoder(Protocol):
         """Return prefixes, lengths, pooling, similarity, dimensions D."""
 
     @property
+    def device(self) -> str:
+        """Return the kind of device that it runs on: cpu, cuda, ..."""
+
+    @property
     def fingerprint(self) -> str:
         """Return a hash of all that decides the vectors."""
 

@@ -44,10 +44,13 @@ class ExportedEncoder:
     """An exported model, opened for use on a CPU.
 
     Attributes:
+        device: always cpu.
         contract: prefixes, lengths, pooling, similarity.
         fingerprint: hash of graph, tokenizer and contract.
         reader: what tokenises.
     """
+
+    device = "cpu"
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.contract = Contract(**facts["contract"])

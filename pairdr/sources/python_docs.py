@@ -375,7 +375,7 @@ def _sample(items: Sequence[_T], count: int, key: str) -> list[_T]:
 
 def _write_folder(folder: Path, corpus: Sequence[Passage], chosen: Mapping[str, Sequence[Entry]]) -> None:
     questions = sorted((_name_query(entry), entry.question) for taken in chosen.values() for entry in taken)
-    _write_rows(folder / "corpus.jsonl", (dict(zip(("_id", "title", "text"), row, strict=True)) for row in corpus))
+    _write_rows(folder / "corpus.jsonl", (dict(zip(("_id", "title", "text"), row[:3], strict=True)) for row in corpus))
     _write_rows(folder / "queries.jsonl", ({"_id": name, "text": text} for name, text in questions))
     held_out = (p.passage_id for p in corpus if Entry("", p).split == "test")
     (folder / HELD_OUT).write_text("".join(f"{passage_id}\n" for passage_id in held_out), encoding="utf-8")
