@@ -48,6 +48,19 @@ def watch_memory(what: str) -> Iterator[None]:
         print(f"{what:34}{time.perf_counter() - begin:9.1f} s{highest / 2**20:9.2f} GiB", flush=True)
 
 
+def write_corpus(folder: Path, count: int, words: int) -> Path:
+    """Write synthetic passages of a number and some words, in BEIR form."""
+    rng = random.Random(13)
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as stream:
+        for number in range(count):
+            text = " ".join((str(number), *rng.choices(WORDS, k=words)))
+            stream.write(json.dumps({"_id": f"p{number}", "text": text}) + "\n")
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "river"}\n', encoding="utf-8")
+    (folder / "qrels" / "test.tsv").write_text("q\tp0\t1\n", encoding="utf-8")
+    return folder
+
+
 def encode_many(folder: Path, start: str, count: int) -> None:
     """Write, convert and encode a corpus."""
     from pairdr.backends import load_encoder
@@ -55,17 +68,9 @@ def encode_many(folder: Path, start: str, count: int) -> None:
     from pairdr.config import EncodeConfig, ModelConfig
     from pairdr.encode import encode_corpus
 
-    rng = random.Random(13)
-    (folder / "data" / "qrels").mkdir(parents=True, exist_ok=True)
-    with (folder / "data" / "corpus.jsonl").open("w", encoding="utf-8") as stream:
-        for number in range(count):
-            stream.write(
-                json.dumps({"_id": f"p{number}", "text": f"{number} " + " ".join(rng.choices(WORDS, k=5))}) + "\n"
-            )
-    (folder / "data" / "queries.jsonl").write_text('{"_id": "q", "text": "river"}\n', encoding="utf-8")
-    (folder / "data" / "qrels" / "test.tsv").write_text("q\tp0\t1\n", encoding="utf-8")
+    data = write_corpus(folder / "data", count, words=4)
     with watch_memory(f"convert {count} passages"):
-        collection = open_collection(folder / "data")
+        collection = open_collection(data)
     with watch_memory("open the model"):
         encoder = load_encoder(ModelConfig(start=start, query_length=32, passage_length=128))
     with watch_memory(f"encode {count} passages"):

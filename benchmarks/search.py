@@ -13,7 +13,8 @@ the fastest of some plain reductions over the same file by as many threads.
 approximate: what `pairdr index` builds, at the efforts on both sides of the one it chooses.
 
 With --start, the passages of the data sets debian_packages, en_qa_mix and pycode are encoded together by that model,
-and their questions asked. Else vectors are synthetic: unit vectors around centres, 500 to a centre, 384 dimensions, seeded.
+and their questions asked. Else vectors are synthetic: unit vectors around centres, 500 to a centre, 384 dimensions,
+seeded.
 """
 
 from __future__ import annotations

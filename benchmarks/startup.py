@@ -9,8 +9,6 @@ exported one, or any other, which needs torch. The first call of each is not cou
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import statistics
 import subprocess
 import sys
@@ -18,27 +16,20 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = ("river", "town", "bridge", "market", "stone", "castle", "north", "winter", "farm", "mill", "road", "church")
+from memory import write_corpus
 
 
 def encode_passages(folder: Path, start: str, count: int) -> Path:
     """Write and encode a corpus."""
-    rng = random.Random(13)
-    (folder / "data" / "qrels").mkdir(parents=True, exist_ok=True)
-    with (folder / "data" / "corpus.jsonl").open("w", encoding="utf-8") as stream:
-        for number in range(count):
-            text = " ".join((str(number), *rng.choices(WORDS, k=12)))
-            stream.write(json.dumps({"_id": f"p{number}", "text": text}) + "\n")
-    (folder / "data" / "queries.jsonl").write_text('{"_id": "q", "text": "river"}\n', encoding="utf-8")
-    (folder / "data" / "qrels" / "test.tsv").write_text("q\tp0\t1\n", encoding="utf-8")
-    run_command("encode", str(folder / "data"), "--start", start, "-o", str(folder / "vectors"))
+    data = write_corpus(folder / "data", count, words=12)
+    run_command("encode", str(data), "--start", start, "-o", str(folder / "vectors"))
     return folder / "vectors"
 
 
 def run_command(*arguments: str) -> float:
     """Run pairdr in a process of its own and return its seconds."""
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "pairdr.cli", *arguments], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, "-m", "pairdr", *arguments], stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - begin
 
 
