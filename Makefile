@@ -35,7 +35,7 @@ demo: install ## run the whole way on the documentation of Python and its librar
 test: install lint types ## run every check: lint, types, tests
 	$(VENV)/bin/pytest $(ARGS)
 
-test-crash: install ## kill training 20 times and resume it
+test-crash: install ## kill training, encoding, upserts, compactions and index builds, 20 times each
 	PAIRDR_KILLS=20 $(VENV)/bin/pytest tests/crash -s
 
 lint: install ## check style and format

@@ -296,7 +296,7 @@ def profile_steps(name: str, dropout: float, steps: int) -> None:
         examples = draw_examples(data, 100_000, Path(folder) / "examples.arrow")
         ours = Ours(data, examples, 0.0, replace(CONFIG, dropout=dropout), "cpu")
         peak = measure_peak.__wrapped__(torch.device("cpu"), torch.float32)
-        ours.train(0)
+        ours.train(1)
         with profile(activities=[ProfilerActivity.CPU]) as found:
             seconds = ours.train(steps)
     spent = dict.fromkeys((*KINDS, "other operations"), 0.0)

@@ -1,4 +1,4 @@
-"""`python -m pairdr`, and what torchrun starts: `torchrun -m pairdr train ...`."""
+"""`python -m pairdr`, and what torchrun starts: `torchrun -m -- pairdr train ...`."""
 
 from pairdr.cli import main
 

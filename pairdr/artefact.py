@@ -10,24 +10,32 @@ This module knows nothing of what the files mean.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pairdr.errors import ArtefactError, PairdrError, UsageError
+from pairdr.errors import ArtefactError, UsageError
+from pairdr.files import (
+    describe_file,
+    explain_failed_writes,
+    hash_file,
+    hash_json,
+    replace_file,
+    sync_directory,
+    write_json,
+)
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
+T = TypeVar("T")
+_AGAIN = "Delete the folder and run its stage again."
+_LOOKS = 50  # at a place where a folder is about to be put, 10 ms apart
 
 
 @dataclass(frozen=True)
@@ -64,37 +72,6 @@ class Staging:
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def hash_json(value: Any) -> str:
-    """Return the sha256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people: indented, sorted by nothing but the writer's order, ending in a newline."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replace a small file as a whole: a reader sees the old text or the new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager
@@ -170,52 +147,11 @@ def publish_version(
         with (folder / name).open("rb+") as stream:
             os.fsync(stream.fileno())
     for directory in {(folder / name).parent for name in files} | {folder}:
-        _sync_directory(directory)
+        sync_directory(directory)
     entries = {name: dict(entry) for name, entry in sorted(files.items())}
     manifest = Manifest(kind, dict(options), dict(inputs), entries, dict(facts), __version__, FORMAT_VERSION)
-    replace_file(folder / MANIFEST, json.dumps(vars(manifest), indent=1, ensure_ascii=False) + "\n")
-    _sync_directory(folder)
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return what a manifest says of a file."""
-    return {"sha256": hash_file(path), "bytes": path.stat().st_size}
-
-
-@contextlib.contextmanager
-def explain_failed_writes(folder: Path) -> Iterator[None]:
-    """Turn what the disk says into an error of ours while the block runs.
-
-    Raises:
-        ArtefactError: the disk is full or the place cannot be written.
-    """
-    try:
-        yield
-    except BaseException as error:
-        reason = _explain_failed_write(error)
-        if reason is None:
-            raise
-        raise ArtefactError(
-            f"Writing failed: {reason}.",
-            path=folder,
-            remedy="Free some space or choose another place; what was there before is untouched.",
-        ) from error
-
-
-@contextlib.contextmanager
-def hold_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Keep other processes out of a folder while the block runs; a killed process leaves no lock behind.
-
-    Raises:
-        BlockingIOError: with `wait` off, another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(handle)
+    replace_file(folder / MANIFEST, json.dumps(_seal_manifest(manifest), indent=1, ensure_ascii=False) + "\n")
+    sync_directory(folder)
 
 
 def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
@@ -225,38 +161,95 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> Manifest:
         ArtefactError: the folder is missing, no artefact, of another kind or format, or a file is missing or cut.
     """
     folder = Path(folder)
-    path = folder / MANIFEST
-    _recover(folder)
-    if not path.is_file():
-        raise ArtefactError(
-            f"No {kind or 'artefact'} here: {MANIFEST} is missing.", path=folder, remedy="Run the stage that makes it."
-        )
-    try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.files.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtefactError(
-            "The manifest cannot be read.", path=path, remedy="Delete the folder and run its stage again."
-        ) from error
-    if kind is not None and manifest.kind != kind:
-        raise ArtefactError(
-            f"This folder holds {manifest.kind!r}, not {kind!r}.", path=folder, remedy="Name the right folder."
-        )
-    if manifest.format_version != FORMAT_VERSION:
-        raise ArtefactError(
-            f"Format version {manifest.format_version} is not the {FORMAT_VERSION} that this pairdr reads.",
-            path=folder,
-            remedy="Run its stage again.",
-        )
-    for name, (size, _) in expected.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
+    text = _read_manifest_text(folder, kind)
+    while True:
+        manifest = _parse_manifest(text, folder / MANIFEST)
+        if kind is not None and manifest.kind != kind:
             raise ArtefactError(
-                f"{name} is missing." if found is None else f"{name} has {found} bytes, the manifest says {size}.",
-                path=folder,
-                remedy="Delete the folder and run its stage again.",
+                f"This folder holds {manifest.kind!r}, not {kind!r}.", path=folder, remedy="Name the right folder."
             )
-    return manifest
+        problem = _find_missing(manifest, folder)
+        if problem is None:
+            return manifest
+        before, text = text, _read_manifest_text(folder, kind)
+        if text == before:  # else a newer version was published while the files were looked at
+            raise ArtefactError(problem, path=folder, remedy=_AGAIN)
+
+
+def read_whole(folder: str | Path, kind: str, read: Callable[[Manifest], T]) -> T:
+    """Read an artefact's files, all of one version, even while another process replaces it.
+
+    Args:
+        folder: of the artefact.
+        kind: what it holds.
+        read: reads the files.
+
+    Raises:
+        ArtefactError: as `read_manifest`; and what `read` raises where nothing was replaced.
+    """
+    while True:
+        manifest = read_manifest(folder, kind)
+        try:
+            found = read(manifest)
+        except Exception:
+            if read_manifest(folder, kind).fingerprint == manifest.fingerprint:
+                raise
+        else:
+            if read_manifest(folder, kind).fingerprint == manifest.fingerprint:
+                return found
+
+
+def _read_manifest_text(folder: Path, kind: str | None) -> str:
+    for _ in range(_LOOKS):
+        _recover(folder)
+        try:
+            return (folder / MANIFEST).read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            if not any(folder.parent.glob(f".{folder.name}.*")):  # nobody is about to put a new one in its place
+                break
+            time.sleep(0.01)
+        except ValueError as error:
+            raise ArtefactError("The manifest cannot be read.", path=folder / MANIFEST, remedy=_AGAIN) from error
+    raise ArtefactError(
+        f"No {kind or 'artefact'} here: {MANIFEST} is missing.", path=folder, remedy="Run the stage that makes it."
+    )
+
+
+def _parse_manifest(text: str, path: Path) -> Manifest:
+    try:
+        content = json.loads(text)
+        seal, version = content.pop("seal", None), content["format_version"]
+        if version != FORMAT_VERSION:
+            raise ArtefactError(
+                f"Format version {version} is not the {FORMAT_VERSION} that this pairdr reads.",
+                path=path.parent,
+                remedy="Run its stage again.",
+            )
+        if seal != hash_json(content):
+            raise ArtefactError(
+                "The manifest is not the one that was written: its seal differs.", path=path, remedy=_AGAIN
+            )
+        manifest = Manifest(**content)
+        for entry in manifest.files.values():
+            int(entry["bytes"]), str(entry["sha256"])
+        return manifest
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtefactError("The manifest cannot be read.", path=path, remedy=_AGAIN) from error
+
+
+def _seal_manifest(manifest: Manifest) -> dict[str, Any]:
+    """Return what is written: everything, and a hash of everything, so that a flipped bit is found here too."""
+    content: dict[str, Any] = json.loads(json.dumps(vars(manifest)))
+    return content | {"seal": hash_json(content)}
+
+
+def _find_missing(manifest: Manifest, folder: Path) -> str | None:
+    for name, entry in manifest.files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != entry["bytes"]:
+            size = entry["bytes"]
+            return f"{name} is missing." if found is None else f"{name} has {found} bytes, the manifest says {size}."
+    return None
 
 
 def verify_artefact(folder: str | Path) -> Manifest:
@@ -304,11 +297,11 @@ def _seal(staging: Path, kind: str, options: dict[str, Any], inputs: dict[str, s
             os.fsync(stream.fileno())
         files[path.relative_to(staging).as_posix()] = describe_file(path)
     manifest = Manifest(kind, options, inputs, files, facts, __version__, FORMAT_VERSION)
-    write_json(staging / MANIFEST, vars(manifest))
+    write_json(staging / MANIFEST, _seal_manifest(manifest))
     with (staging / MANIFEST).open("rb+") as stream:
         os.fsync(stream.fileno())
     for directory in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
-        _sync_directory(directory)
+        sync_directory(directory)
 
 
 def _swap(staging: Path, folder: Path) -> None:
@@ -322,7 +315,7 @@ def _swap(staging: Path, folder: Path) -> None:
             # A reader has put the earlier one back in between: once more.
             if not folder.exists():
                 raise
-    _sync_directory(folder.parent)
+    sync_directory(folder.parent)
     _discard(retired)
 
 
@@ -347,25 +340,3 @@ def _discard(folder: Path) -> None:
     if folder.exists():
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
-
-
-def _explain_failed_write(error: BaseException) -> str | None:
-    """Return what the disk said, or None for an error that is not the disk's.
-
-    On a full disk numpy raises an OSError without errno, and safetensors an error of its own.
-    """
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return os.strerror(error.errno)
-    if isinstance(error, PairdrError) or not re.search(
-        r"No space left on device|requested and \d+ written", str(error)
-    ):
-        return None
-    return os.strerror(errno.ENOSPC)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pairdr.artefact import hash_file, publish, write_json
+from pairdr.artefact import publish
 from pairdr.collection import SPLITS, Collection, find_problems, normalise_text
 from pairdr.config import ModelConfig
 from pairdr.errors import DataError, UsageError
+from pairdr.files import hash_file, write_json
 from pairdr.ids import hash_text
 from pairdr.records import positives_of
 from pairdr.sources.minilm import find_minilm

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from pairdr.artefact import Manifest, publish, read_manifest, verify_artefact, write_json
+from pairdr.artefact import Manifest, publish, read_manifest, verify_artefact
 from pairdr.errors import ArtefactError, UsageError
+from pairdr.files import write_json
 from pairdr.progress import say
 from pairdr.ranks import count_ranks, find_rank, wait_for_ranks
 
@@ -77,6 +78,8 @@ class Checkpoints:
         Raises:
             UsageError: it was written by another number of ranks.
         """
+        for begun in sorted(self.folder.glob(".step-*.partial")):
+            say(f"pairdr: {begun}: only begun, by a call that was ended; the checkpoint before it is used.")
         for place in self._list():
             if not self._fits(place, warn=True):
                 continue

@@ -25,12 +25,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pairdr.artefact import Staging, hash_json, hold_lock, publish, read_manifest
+from pairdr.artefact import Staging, publish, read_manifest
 from pairdr.config import DataConfig, OnDuplicate
 from pairdr.errors import ArtefactError, DataError, UsageError
+from pairdr.files import hash_json, hold_lock
 from pairdr.formats import PASSAGE_KEYS, read_lines, read_qrels, read_texts, read_unlabelled, write_qrels
 from pairdr.ids import IdIndex, hash_text, write_id_index
 from pairdr.records import PASSAGE_COLUMNS, Passage, Qrels, Query
+from pairdr.rows import RowReader
 
 SPLITS = ("train", "dev", "test")
 BLOCK = 8192
@@ -53,6 +55,7 @@ class TextTable:
         with pa.memory_map(str(folder / f"{name}.arrow")) as source:
             self.table: pa.Table = pa.ipc.open_file(source).read_all()
         self._index = IdIndex(folder, name, self.table.column("id"))
+        self._rows = RowReader([self.table])
         self.id_rank: npt.NDArray[np.int64] = self._index.rank
 
     def __len__(self) -> int:
@@ -67,7 +70,7 @@ class TextTable:
 
     def ids_of(self, rows: npt.NDArray[np.int64]) -> list[str]:
         """Return the ids of many rows."""
-        return list(self.table.column("id").take(pa.array(rows)).to_pylist())
+        return [str(row[0]) for row in self._rows.take(rows, ("id",))]
 
     def find_row(self, text_id: str) -> int | None:
         """Return the row of an id, or None."""
@@ -248,7 +251,8 @@ def open_collection(source: str | Path, config: DataConfig | None = None, *, str
     if strict:
         problem = next(iter(find_problems(collection)), None)
         if problem is not None:
-            raise DataError(f"{problem}.", path=folder, remedy="Run pairdr check for all that is wrong.")
+            remedy = "Run pairdr check for all that is wrong; --on-duplicate chooses among equal ids."
+            raise DataError(f"{problem}.", path=folder, remedy=remedy)
     return collection
 
 
@@ -341,7 +345,7 @@ def _write_table(
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
         _in_blocks((row for _, row in rows), flush, hashes)
-    keys = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.zeros(0, dtype=np.uint64)
+    keys = np.array(hashes, dtype=np.uint64)
     duplicates = _find_duplicates(_map_ids(path), keys)
     if duplicates and on_duplicate != "error":
         keys = keys[_keep_one(path, duplicates, on_duplicate)]
@@ -358,8 +362,7 @@ def _keep_one(path: Path, duplicates: list[str], on_duplicate: OnDuplicate) -> n
         chosen: dict[str, int] = {}
         for row in twice.tolist() if on_duplicate == "last" else twice[::-1].tolist():
             chosen[str(table["id"][row])] = row
-        keep[twice] = False
-        keep[list(chosen.values())] = True
+        keep[twice] = np.isin(twice, list(chosen.values()))
         with pa.OSFile(f"{path}.new", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             start = 0
             for batch in table.to_batches():

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from pairdr.search import Searcher
 
 FLAT = Parameter(name="*")
+ONE_EACH = Parameter(name="*", consume_multiple=False)
+"""As FLAT, for options that may be repeated and take one value each: what follows may be an argument."""
 OUTPUT = Parameter(name=["--output", "-o"], help="Folder to write.")
+ON_DUPLICATE = Annotated[OnDuplicate, Parameter(help="Which passage or query of an id that occurs twice is taken.")]
 ARMS = Parameter(help="Models to train: pair, labelled_only, query_centric, or all.")
 
 
@@ -246,9 +249,7 @@ def encode(
     data: Path,
     *,
     output: Annotated[Path, OUTPUT],
-    on_duplicate: Annotated[
-        OnDuplicate, Parameter(help="Which passage of an id that occurs twice is taken.")
-    ] = "error",
+    on_duplicate: ON_DUPLICATE = "error",
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     options: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
 ) -> None:
@@ -279,8 +280,9 @@ def search(
     queries: Annotated[Path | None, Parameter(help="Questions (.jsonl, or one a line) to write a run of.")] = None,
     data: Annotated[Path | None, Parameter(help="BEIR folder whose --split to write a run of.")] = None,
     split: Annotated[str, Parameter(help="Queries of this split.")] = "test",
+    on_duplicate: ON_DUPLICATE = "error",
     output: Annotated[Path | None, OUTPUT] = None,
-    options: Annotated[QueryConfig, FLAT] = QueryConfig(),
+    options: Annotated[QueryConfig, ONE_EACH] = QueryConfig(),
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
 ) -> None:
     """Answer a question, or write a TREC run for many, from a work folder or from vectors and their model (--start).
@@ -290,6 +292,7 @@ def search(
     place
         A work folder of `pairdr run`, or vectors of `pairdr encode`.
     """
+    from pairdr.collection import open_collection
     from pairdr.search import Searcher
 
     quiet_libraries()
@@ -298,7 +301,8 @@ def search(
     searcher = Searcher.open(place, model, words=words, index=index, reranker=reranker)
     changes = {name: value for name, value in vars(options).items() if value != getattr(QueryConfig(), name)}
     if question is None and output is not None:
-        _write_run(searcher, queries, data, split, output, k, changes)
+        collection = None if data is None else open_collection(data, DataConfig(on_duplicate=on_duplicate))
+        _write_run(searcher, queries, collection, split, output, k, changes)
         return
     for rank, hit in enumerate(searcher.search(question or "", k, **changes), start=1):
         if as_json:
@@ -354,27 +358,25 @@ def _open_parts(
 def _write_run(
     searcher: Searcher,
     queries: Path | None,
-    data: Path | None,
+    collection: Collection | None,
     split: str,
     output: Path,
     k: int,
     changes: dict[str, Any],
 ) -> None:
-    from pairdr.collection import open_collection
     from pairdr.formats import read_unlabelled
     from pairdr.records import Query
     from pairdr.search import write_search
 
-    if (queries is None) == (data is None):
+    if (queries is None) == (collection is None):
         raise UsageError("Name either --queries or --data.")
     inputs = {"vectors": searcher.store.fingerprint}
-    if data is not None:
-        collection = open_collection(data)
+    if collection is not None:
         inputs["collection"] = collection.fingerprint
         questions = [collection.query(query_id) for query_id in collection.qrels(split)]
     else:
         questions = [Query(query_id, text) for _, query_id, text in read_unlabelled(queries or Path())]
-    options = {"split": split} if data is not None else {}
+    options = {"split": split} if collection is not None else {}
     blocks = searcher.rank(questions, k, **changes)
     found = write_search(
         blocks, SearchConfig(k=k), output, total=len(questions), inputs=inputs, options=options | changes

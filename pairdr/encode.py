@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pairdr.artefact import hash_json
 from pairdr.backends import Encoder
 from pairdr.collection import Collection
 from pairdr.config import EncodeConfig, OnDuplicate
 from pairdr.errors import ArtefactError, DataError
+from pairdr.files import hash_json
 from pairdr.progress import say, show_progress
 from pairdr.records import Passage, split_blocks
 from pairdr.vectors import BLOCK, Dtype, Rows, VectorStore, hash_passage
 from pairdr.versions import StoreWriter, write_store
 
-_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "float16": 1e-3, "int8": 1 / 127}
+_ROUNDING: dict[Dtype, float] = {"float32": 1e-6, "float16": 1e-3, "int8": 1 / 127}
+"""Of a vector's largest number."""
 
 
 def encode_corpus(collection: Collection, encoder: Encoder, config: EncodeConfig, output: str | Path) -> VectorStore:
@@ -43,6 +44,9 @@ def encode_corpus(collection: Collection, encoder: Encoder, config: EncodeConfig
     with write_store(output, config.dtype, encoder.fingerprint) as writer, show_progress("encode", total) as step:
         if writer.base is not None and writer.base.passages_fingerprint == passages:
             return writer.base
+        if writer.base is None:
+            size = np.dtype(config.dtype).itemsize * encoder.contract.dimensions
+            writer.require_space(total * size)
         gone = np.ones(len(writer.dead), dtype=np.bool_)
 
         def read_new() -> Iterator[Passage]:
@@ -96,8 +100,8 @@ def upsert_passages(
 def verify_vectors(store: VectorStore, encoder: Encoder, sample: int | None = None, seed: int = 13) -> int:
     """Encode passages of a store again and compare.
 
-    A text's vector depends in its last bits on what it is batched with, so equal means: no number differs by more than
-    the type that is stored explains (1e-5, 1e-3 and 1/127 of the vector's largest number).
+    A text's vector depends on what it is batched with, in its last bits, or more where products are in int8 or bf16. So
+    equal means: no number differs by more than that and the stored type explain (`Encoder.noise`, rounding).
 
     Args:
         store: the vectors.
@@ -119,7 +123,8 @@ def verify_vectors(store: VectorStore, encoder: Encoder, sample: int | None = No
         for block in split_blocks(live.tolist(), BLOCK):
             rows: Rows = np.array(block, dtype=np.int64)
             stored, fresh = store.take(rows), encoder.encode_passages(store.passages_of(rows))  # [n, D]
-            allowed = _TOLERANCE[store.dtype] * np.maximum(np.abs(fresh).max(axis=1), 1e-6)
+            share = encoder.noise + _ROUNDING[store.dtype]
+            allowed = share * np.maximum(np.abs(fresh).max(axis=1), 1e-6)
             wrong = np.flatnonzero(np.abs(stored - fresh).max(axis=1) > allowed)
             if len(wrong):
                 (passage_id,) = store.ids_of(rows[wrong[:1]])

@@ -180,7 +180,7 @@ def _quantise(graph: Any, texts: list[Tokens]) -> Any:
 def _draw_texts(collection: Collection, model: DualEncoder, config: ExportConfig) -> list[Tokens]:
     """Draw the texts that calibrate: passages, and a quarter as many training queries."""
     rng = random.Random(config.export_seed)
-    queries = sorted(collection.qrels("train" if collection.labels("train") else "dev"))
+    queries = sorted(collection.qrels("train")) if collection.labels("train") else []  # dev judges
     queries = sorted(rng.sample(queries, min(config.calibration_texts // 5, len(queries))))
     count = min(config.calibration_texts - len(queries), len(collection.passages))
     rows = sorted(rng.sample(range(len(collection.passages)), count))

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pairdr.errors import DataError, UsageError
-from pairdr.records import RUN_SCHEMA, Example, Passage, Qrels, Run, Scored
+from pairdr.records import RUN_SCHEMA, Example, Passage, Qrels, Run, Scored, split_blocks
+from pairdr.rows import RowReader
 
 EXAMPLE_SCHEMA = pa.schema(
     [
@@ -37,6 +38,7 @@ _BREAKS = re.compile(r"[\t\n\r]")
 _BLANK = re.compile(r"\s")
 PASSAGE_KEYS = ("_id", "title", "text", "metadata")
 """The keys of a line of corpus.jsonl, in the order of `Passage`."""
+_READ_AT_ONCE = 1024
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 
 
@@ -263,10 +265,16 @@ def write_examples(path: Path, examples: Iterable[Example], block: int = 4096) -
 
 
 class Examples:
-    """Training rows, memory-mapped."""
+    """Training rows, memory-mapped: what is read costs as much as what is asked for, whatever there is."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table
+    def __init__(self, table: pa.Table, chosen: npt.NDArray[np.int64] | None = None) -> None:
+        """Read a table.
+
+        Args:
+            table: the rows.
+            chosen: which of them there are, in order; None is all.
+        """
+        self.table, self._chosen, self._rows = table, chosen, RowReader([table])
 
     @classmethod
     def open(cls, *paths: Path) -> Examples:
@@ -284,29 +292,36 @@ class Examples:
         return cls(pa.concat_tables(tables))
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return int(self.table.num_rows) if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, row: int) -> Example:
-        values: dict[str, Any] = {name: self.table.column(name)[row].as_py() for name in EXAMPLE_SCHEMA.names}
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return Example(**values)
+        return self.take([range(len(self))[row]])[0]
 
     def __iter__(self) -> Iterator[Example]:
-        return (self[row] for row in range(len(self)))
+        return (example for rows in split_blocks(range(len(self)), _READ_AT_ONCE) for example in self.take(rows))
+
+    def keep(self, wanted: npt.NDArray[np.bool_]) -> Examples:
+        """Return these examples without some, by a mask [n]; nothing is copied."""
+        chosen = np.flatnonzero(wanted) if self._chosen is None else self._chosen[wanted]
+        return Examples(self.table, chosen)
 
     def take(self, rows: Sequence[int]) -> list[Example]:
         """Return some rows, read at once."""
-        found: list[Example] = []
-        for row in self.table.take(pa.array(rows, pa.int64())).to_pylist():
-            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}
-            found.append(Example(**values))
-        return found
+        found = self._read(np.asarray(rows, dtype=np.int64), EXAMPLE_SCHEMA.names)
+        return [_make_example(row) for row in found]
 
     def keys(self, rows: npt.NDArray[np.int64]) -> list[tuple[str, set[str]]]:
         """Return (query id, every known positive's id) of some rows; nothing else is read."""
-        columns = self.table.select(["query_id", "positive_id", "known_positive_ids"]).take(pa.array(rows)).columns
-        queries, positives, known = (column.to_pylist() for column in columns)
-        return [(query, {positive, *more}) for query, positive, more in zip(queries, positives, known, strict=True)]
+        found = self._read(rows, ("query_id", "positive_id", "known_positive_ids"))
+        return [(query, {positive, *known}) for query, positive, known in found]
+
+    def _read(self, rows: npt.NDArray[np.int64], names: Sequence[str]) -> list[tuple[Any, ...]]:
+        return self._rows.take(rows if self._chosen is None else self._chosen[rows], names)
+
+
+def _make_example(values: Sequence[Any]) -> Example:
+    query_id, positive_id, negative_ids, known, source, score, scores = values
+    return Example(query_id, positive_id, tuple(negative_ids), tuple(known), source, score, tuple(scores))
 
 
 def _group(lines: Iterable[tuple[int, str, str, int]]) -> Qrels:

@@ -18,7 +18,7 @@ Hashes = npt.NDArray[np.uint64]
 
 def hash_text(text: str) -> int:
     """Return a 64-bit hash, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def write_id_index(folder: Path, name: str, ids: pa.ChunkedArray, hashes: Hashes, live: Rows | None = None) -> None:

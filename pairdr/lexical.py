@@ -12,12 +12,13 @@ import bm25s
 import numpy as np
 import pyarrow as pa
 
-from pairdr.artefact import publish, read_manifest
+from pairdr.artefact import Manifest, publish, read_whole
 from pairdr.config import LexicalConfig
 from pairdr.errors import ArtefactError, DataError, UsageError
 from pairdr.ids import IdIndex, hash_text, write_id_index
 from pairdr.indexes.exact import Allowed, Rows, Scores, select_top
 from pairdr.records import Passage
+from pairdr.rows import RowReader
 
 _TABLE = "passages"
 _SCHEMA = pa.schema([("id", pa.large_string()), ("metadata", pa.large_string())])
@@ -53,14 +54,17 @@ class LexicalIndex:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        manifest = read_manifest(folder, "bm25")
-        self.folder, self.fingerprint = Path(folder), manifest.fingerprint
+        self.folder = Path(folder)
+        read_whole(folder, "bm25", self._open)
+
+    def _open(self, manifest: Manifest) -> None:
+        self.fingerprint = manifest.fingerprint
         self.config = LexicalConfig(**manifest.options)
         self.passages_fingerprint = manifest.inputs["passages"]
         with pa.memory_map(str(self.folder / f"{_TABLE}.arrow")) as source:
             passages = pa.ipc.open_file(source).read_all()
-        self._ids, self.metadata, self.count = passages["id"], passages["metadata"], passages.num_rows
-        self._index = IdIndex(self.folder, _TABLE, self._ids)
+        self.metadata, self.count, self._rows = passages["metadata"], passages.num_rows, RowReader([passages])
+        self._index = IdIndex(self.folder, _TABLE, passages["id"])
         self.id_rank: Rows = self._index.rank
         self._bm25 = bm25s.BM25.load(str(self.folder), mmap=True, show_progress=False)
         self._tokenize = Tokenizer(self.config)
@@ -74,7 +78,7 @@ class LexicalIndex:
 
     def ids_of(self, rows: Rows) -> list[str]:
         """Return the passage ids of rows."""
-        return list(self._ids.take(pa.array(rows)).to_pylist())
+        return [str(row[0]) for row in self._rows.take(rows, ("id",))]
 
     def rows_of(self, passage_ids: Sequence[str]) -> Rows:
         """Return the row of each id.

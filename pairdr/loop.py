@@ -58,6 +58,7 @@ def run_stage(
     steps: int,
     checkpoints: Checkpoints | None = None,
     track: Callable[[dict[str, Any]], None] = lambda line: None,
+    start_dev: float | None = None,
 ) -> list[dict[str, Any]]:
     """Train one stage in place and return its log: loss parts, learning rate, similarities, speed, dev RR@10.
 
@@ -70,6 +71,7 @@ def run_stage(
         steps: optimizer steps in all.
         checkpoints: where to save and to go on from; unset: neither.
         track: gets every line of the log.
+        start_dev: the start model's measure on dev, which an alarm compares with; unset: that of `encoder` as it is.
 
     Raises:
         StoppedError: SIGTERM came; the newest checkpoint has all that was done.
@@ -106,7 +108,7 @@ def run_stage(
                     line = {"step": step, "stage": stage.name, "learning_rate": rate, **means.flush(), **meter.flush()}
                     if looks:
                         line[DEV] = _measure_dev(dev, encoder, config)
-                    _write_line(line, state, track)
+                    _write_line(line, state, start_dev, track)
                     advance(0, note=_note(line))
                     meter.flush()
                 state.means = means.values
@@ -190,7 +192,8 @@ def update_parameters(
     """Take one optimizer step with the gradients of all ranks, clipped, and forget them.
 
     Raises:
-        PairdrError: a gradient is no number, on whichever rank; a scaled one may overflow, and the step is left out.
+        PairdrError: a gradient is no number, on whichever rank. A scaled one may overflow: then the step is left out,
+            and the scale halved; below 1 it is no overflow.
     """
     densify_gradients(model)
     average_gradients(model.parameters())
@@ -205,6 +208,11 @@ def update_parameters(
     set_rate(optimizer, rate)
     scaler.step(optimizer)
     scaler.update()
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise PairdrError(
+            f"The gradient is no number at step {step}, however little the loss is scaled.",
+            remedy="Train with bf16, lower learning_rate, or check the start model; nothing was overwritten.",
+        )
     optimizer.zero_grad()
 
 
@@ -290,9 +298,11 @@ def _measure_dev(dev: DevSample, encoder: DualEncoder, config: TrainConfig) -> f
         return take_from_first(dev.measure(encoder), device)
 
 
-def _write_line(line: dict[str, Any], state: State, track: Callable[[dict[str, Any]], None]) -> None:
+def _write_line(
+    line: dict[str, Any], state: State, start_dev: float | None, track: Callable[[dict[str, Any]], None]
+) -> None:
     state.log.append(line)
-    for alarm in find_alarms(line, state.log[0]):
+    for alarm in find_alarms(line, state.log[0][DEV] if start_dev is None else start_dev):
         say(f"pairdr: {line['stage']}, step {line['step']}: {alarm}")
     track(line)
 

@@ -304,7 +304,7 @@ def _require_negatives(variant: str, removed: Tensor, valid: Tensor | None, coun
     if variant not in ("own", "hard_all"):
         return
     has_any = count > 0 and (valid is None or bool(valid.any(1).all() if variant == "own" else valid.any()))
-    if not has_any or bool(removed.all()):
+    if not has_any or bool(removed.all(1).any() if variant == "own" else removed.all()):
         raise UsageError(
             f"passage_negatives={variant!r} needs at least one valid hard negative "
             f"{'in every row' if variant == 'own' else 'in the batch'}; its loss would be 0.",

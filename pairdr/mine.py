@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pairdr.artefact import hash_file, publish, read_manifest
+from pairdr.artefact import publish, read_manifest
 from pairdr.collection import Collection, normalise_text
 from pairdr.config import MineConfig, SearchConfig
 from pairdr.errors import ArtefactError, DataError
+from pairdr.files import hash_file
 from pairdr.formats import read_run, write_run
 from pairdr.lexical import LexicalIndex
 from pairdr.progress import show_progress

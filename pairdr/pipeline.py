@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pairdr.artefact import read_manifest, replace_file, verify_artefact
+from pairdr.artefact import read_manifest, verify_artefact
 from pairdr.collection import Collection, open_collection
 from pairdr.config import DataConfig, LexicalConfig, ModelConfig, RunConfig, TrainConfig
 from pairdr.costs import GIB, Cost, measure_costs
 from pairdr.errors import ArtefactError, UsageError
+from pairdr.files import replace_file
 from pairdr.makers import FUSED, table_split
 from pairdr.measures import parse_measures
 from pairdr.progress import say

@@ -16,7 +16,7 @@ from pairdr.filters import match_rows, parse_filters
 from pairdr.formats import write_run, write_trec_run
 from pairdr.fusion import fuse_ranks, fuse_runs, sort_hits
 from pairdr.indexes.exact import Allowed, search_exact
-from pairdr.progress import show_progress
+from pairdr.progress import say, show_progress
 from pairdr.records import Passage, Query, Run, Scored, split_blocks
 from pairdr.vectors import VectorStore
 
@@ -155,6 +155,12 @@ class Searcher:
         store.require_encoder(encoder.fingerprint)
         if words is not None:
             words.require_passages(store.passages_fingerprint)
+        if index is not None and index.store.fingerprint != store.fingerprint:
+            raise ArtefactError(
+                "The index was opened over another version of these vectors.",
+                path=store.folder,
+                remedy="Open both again.",
+            )
         self.store, self.words, self.config = store, words, config
         self._encoder, self._index, self._reranker, self._weights = encoder, index, reranker, weights
 
@@ -242,12 +248,15 @@ class Searcher:
         reranked = (RERANKED if self._reranker else 0) if config.rerank is None else config.rerank
         for block in split_blocks(queries, search.query_block):
             wanted = depth = max(search.k, reranked)
-            while True:
-                found = self._find(block, depth, config, systems)
-                ranked = [self._fold(hits) for hits in found] if config.fold else found
-                if not any(len(kept) < wanted and len(hits) >= depth for kept, hits in zip(ranked, found, strict=True)):
-                    break
-                depth *= 2  # so many copies that deeper ones are needed
+            ranked: list[list[Scored]] = [[] for _ in block]
+            lacking: Sequence[int] = range(len(block))
+            while lacking:
+                found = self._find([block[at] for at in lacking], depth, config, systems)
+                for at, hits in zip(lacking, found, strict=True):
+                    ranked[at] = self._fold(hits) if config.fold else hits
+                pairs = zip(lacking, found, strict=True)  # of those with many copies, deeper passages are needed
+                lacking = [at for at, hits in pairs if len(ranked[at]) < wanted and len(hits) >= depth]
+                depth *= 2
             if reranked and self._reranker is not None:
                 ranked = self._rerank(block, [hits[:wanted] for hits in ranked], self._reranker)
             yield [query.query_id for query in block], [hits[: search.k] for hits in ranked]
@@ -340,7 +349,10 @@ def _open_words(folder: str | Path) -> LexicalIndex:
 def _open_index(folder: str | Path, store: VectorStore) -> FaissIndex:
     from pairdr.indexes.faiss import FaissIndex
 
-    return FaissIndex.open(folder, store)
+    index = FaissIndex.open(folder, store)
+    if index.needs_rebuild:
+        say(f"pairdr: {index.changed:.0%} of the vectors changed since {folder} was built: run pairdr index again.")
+    return index
 
 
 def _open_reranker(

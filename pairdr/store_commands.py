@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from pairdr.artefact import MANIFEST, read_manifest, verify_artefact
-from pairdr.commands import FLAT, OUTPUT
-from pairdr.config import EncodeConfig, ExportConfig, IndexConfig, LexicalConfig, ModelConfig, OnDuplicate, Target
+from pairdr.commands import FLAT, ON_DUPLICATE, OUTPUT
+from pairdr.config import (
+    DataConfig,
+    EncodeConfig,
+    ExportConfig,
+    IndexConfig,
+    LexicalConfig,
+    ModelConfig,
+    OnDuplicate,
+    Target,
+)
 from pairdr.errors import DataError, UsageError
 from pairdr.progress import print_facts, print_text, quiet_libraries
 
@@ -26,6 +35,7 @@ def export(
     data: Annotated[
         Path | None, Parameter(help="BEIR folder that calibrates and judges the export; int8 needs one.")
     ] = None,
+    on_duplicate: ON_DUPLICATE = "error",
     options: Annotated[ExportConfig, FLAT] = ExportConfig(),
 ) -> None:
     """Write a model as onnxruntime or OpenVINO runs it; end with 1, and write nothing, if it loses too much.
@@ -39,7 +49,7 @@ def export(
     from pairdr.export import export_model
 
     quiet_libraries()
-    collection = None if data is None else open_collection(data)
+    collection = None if data is None else open_collection(data, DataConfig(on_duplicate=on_duplicate))
     export_model(model, output, to=to, collection=collection, config=options)
     print_facts(read_manifest(output).facts["gate"])
 
@@ -51,6 +61,7 @@ def index(
     data: Annotated[
         Path | None, Parameter(help="BEIR folder whose training and unlabelled queries tune and judge the index.")
     ] = None,
+    on_duplicate: ON_DUPLICATE = "error",
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     options: Annotated[IndexConfig, FLAT] = IndexConfig(),
 ) -> None:
@@ -65,7 +76,7 @@ def index(
     from pairdr.vectors import VectorStore
 
     store = VectorStore(vectors)
-    queries = None if data is None else _encode_questions(data, model, store, options)
+    queries = None if data is None else _encode_questions(data, on_duplicate, model, store, options)
     build_index(store, options, output, queries)
     facts = read_manifest(output).facts
     print_facts({name: value for name, value in facts.items() if name != "shards"})
@@ -75,9 +86,7 @@ def upsert(
     vectors: Path,
     corpus: Path,
     *,
-    on_duplicate: Annotated[
-        OnDuplicate, Parameter(help="Which passage of an id that occurs twice is taken.")
-    ] = "error",
+    on_duplicate: ON_DUPLICATE = "error",
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     options: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
 ) -> None:
@@ -134,6 +143,7 @@ def index_words(
     source: Path,
     *,
     output: Annotated[Path, OUTPUT],
+    on_duplicate: ON_DUPLICATE = "error",
     options: Annotated[LexicalConfig, FLAT] = LexicalConfig(),
 ) -> None:
     """Index words for BM25, for search in both ways.
@@ -147,7 +157,8 @@ def index_words(
     from pairdr.lexical import index_words as index_source
     from pairdr.vectors import VectorStore
 
-    passages = VectorStore(source) if (source / MANIFEST).is_file() else open_collection(source)
+    is_store = (source / MANIFEST).is_file()
+    passages = VectorStore(source) if is_store else open_collection(source, DataConfig(on_duplicate=on_duplicate))
     index_source(passages, options, output)
     print_facts(read_manifest(output).facts)
 
@@ -156,7 +167,10 @@ def verify(
     folder: Path,
     *,
     sample: Annotated[
-        int | None, Parameter(help="Passages that --start encodes again, drawn at random; unset: all.")
+        int | None,
+        Parameter(
+            help="Passages that --start encodes again, drawn at random; unset: all.", validator=validators.Number(gte=1)
+        ),
     ] = None,
     model: Annotated[ModelConfig | None, FLAT] = None,
 ) -> None:
@@ -169,6 +183,8 @@ def verify(
     folder
         What any command wrote.
     """
+    if sample is not None and model is None:
+        raise UsageError("--sample says how many passages --start encodes again.", remedy="Name the model as --start.")
     manifest = verify_artefact(folder)
     print_text(f"{len(manifest.files)} files are as they were written ({manifest.kind}, {manifest.fingerprint[:12]})")
     if manifest.kind != "vectors":
@@ -188,7 +204,9 @@ def verify(
         print_text(f"{count} vectors are those of their passages")
 
 
-def _encode_questions(data: Path, model: ModelConfig, store: VectorStore, options: IndexConfig) -> Scores:
+def _encode_questions(
+    data: Path, on_duplicate: OnDuplicate, model: ModelConfig, store: VectorStore, options: IndexConfig
+) -> Scores:
     """Return the vectors [Q, D] of some questions that no dev or test split names."""
     import random
 
@@ -196,7 +214,7 @@ def _encode_questions(data: Path, model: ModelConfig, store: VectorStore, option
     from pairdr.collection import open_collection
 
     quiet_libraries()
-    collection = open_collection(data)
+    collection = open_collection(data, DataConfig(on_duplicate=on_duplicate))
     labelled = collection.qrels("train") if collection.labels("train") else {}
     ids = sorted({*labelled, *collection.pool})
     if not ids:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pairdr.artefact import publish, read_manifest, write_json
+from pairdr.artefact import publish, read_manifest
 from pairdr.config import EvaluateConfig
+from pairdr.files import write_json
 from pairdr.measures import PerQuery, compute_p_value, mean_measures, measure_run
 from pairdr.records import Qrels, Run
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from pairdr.artefact import publish, write_json
+from pairdr.artefact import publish
 from pairdr.check import find_body
 from pairdr.collection import Collection
 from pairdr.config import ModelConfig, TeachConfig
 from pairdr.encoder import DualEncoder
 from pairdr.errors import MissingExtraError, RefusedError
+from pairdr.files import write_json
 from pairdr.fusion import cross_fit, standardise
 from pairdr.lexical import LexicalIndex
 from pairdr.measures import compute_p_value

@@ -25,6 +25,7 @@ from pairdr.records import Passage, Query
 from pairdr.vectors import VectorStore
 
 RECIPE = "teacher.json"
+_MOST_KNOWN = 100_000  # passages whose vectors a dual encoder keeps
 Scores = npt.NDArray[np.float64]
 
 
@@ -71,6 +72,8 @@ class DualEncoderTeacher:
 
     def _encode(self, candidates: Sequence[Sequence[Passage]]) -> list[npt.NDArray[np.float32]]:
         missing = {p.passage_id: p for row in candidates for p in row if p.passage_id not in self._vectors}
+        if len(self._vectors) > _MOST_KNOWN:
+            self._vectors, missing = {}, {p.passage_id: p for row in candidates for p in row}
         if missing:
             found = self.encoder.encode_passages(list(missing.values()))
             self._vectors |= dict(zip(missing, found, strict=True))

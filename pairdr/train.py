@@ -27,6 +27,7 @@ from pairdr.formats import Examples
 from pairdr.loop import run_stage
 from pairdr.progress import say
 from pairdr.ranks import count_ranks, find_rank, take_from_first, wait_for_ranks
+from pairdr.watch import DEV
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,7 +75,7 @@ def train_model(
         values = {f"stage {number}/{name}": value for name, value in line.items() if isinstance(value, float)}
         accelerator.log(values, step=line["step"] + before)  # trackers want steps that rise
 
-    folder, before = Path(start), 0
+    folder, before, start_dev = Path(start), 0, None
     for number, stage in enumerate(stages, start=1):
         place = Path(output) if number == len(stages) else Path(f"{output}.stage{number}")
         rows = read_stage_examples(examples, stage, config)
@@ -91,13 +92,15 @@ def train_model(
         if not trained:
             encoder = DualEncoder.open(folder, device=device)
             _warn_of_two_spaces(encoder, stage)
-            log = run_stage(collection, rows, encoder, stage, config, steps, checkpoints, track)
+            log = run_stage(collection, rows, encoder, stage, config, steps, checkpoints, track, start_dev)
             lines = [{name: value for name, value in line.items() if name not in SPEEDS} for line in log]
             facts = {"stages": [asdict(s) for s in stages[:number]], "examples": len(rows), "summary": lines[-1]}
             if find_rank() == 0:
                 encoder.save(place, options=options, inputs=inputs, facts=facts, files={LOG: _to_lines(lines)})
         checkpoints.remove()
         wait_for_ranks()
+        if start_dev is None:
+            start_dev = json.loads((place / LOG).read_text(encoding="utf-8").splitlines()[0])[DEV]
         folder, before = place, before + steps
     for tracker in accelerator.trackers:  # end_training would destroy the process group
         tracker.finish()
@@ -135,7 +138,7 @@ def read_stage_examples(folder: str | Path, stage: StageConfig, config: TrainCon
     """
     examples = Examples.open(*(Path(folder) / f"{source}.arrow" for source in stage.sources))
     if stage.alpha > 0 and config.passage_negatives == "own":
-        return Examples(examples.table.filter(pc.greater(pc.list_value_length(examples.table["negative_ids"]), 0)))
+        return examples.keep(pc.list_value_length(examples.table["negative_ids"]).to_numpy() > 0)
     return examples
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from sentence_transformers.sentence_transformer.modules import Transformer
-from torch import nn
+from torch import Tensor, nn
 
 from pairdr.config import TrainConfig
 from pairdr.dropout import use_dropout
@@ -74,6 +74,17 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def bound_gradient(table: Tensor) -> None:
+    """Add up the rows of a sparse gradient that occur twice, once it has more rows than its table.
+
+    Every forward pass appends a row a token; so, however many passes a step has, a gradient has twice its table's rows
+    at most.
+    """
+    gradient = table.grad
+    if gradient is not None and gradient.is_sparse and gradient._nnz() > len(table):
+        table.grad = gradient.coalesce()
+
+
 def densify_gradients(model: nn.Module) -> None:
     """Make the gradients of embedding tables dense: once a step, not once a forward pass."""
     for module in model.modules():
@@ -109,6 +120,8 @@ def prepare_model(encoder: DualEncoder, config: TrainConfig) -> Iterator[nn.Modu
                 if isinstance(module, nn.Embedding) and not module.sparse:
                     module.sparse = True
                     stack.callback(setattr, module, "sparse", False)
+                    if module.weight.requires_grad:
+                        stack.callback(module.weight.register_post_accumulate_grad_hook(bound_gradient).remove)
         stack.enter_context(use_dropout(encoder.model, config.dropout))
         yield encoder.model
 

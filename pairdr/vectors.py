@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pairdr.artefact import Manifest, read_manifest
+from pairdr.artefact import Manifest, read_whole
 from pairdr.errors import ArtefactError
 from pairdr.ids import IdIndex, hash_text
 from pairdr.records import PASSAGE_COLUMNS, Passage
+from pairdr.rows import RowReader
 
 Dtype = Literal["float32", "float16", "int8"]
 Vectors = npt.NDArray[np.float32]
@@ -93,21 +94,10 @@ class VectorStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        while True:
-            manifest = read_manifest(folder, "vectors")
-            try:
-                self._open(manifest)
-                return
-            except FileNotFoundError:  # a newer version, and a writer that has cleared this one away
-                if read_manifest(folder, "vectors").fingerprint == manifest.fingerprint:
-                    raise
+        read_whole(folder, "vectors", self._open)
 
     def _open(self, manifest: Manifest) -> None:
         facts = manifest.facts
-        if "shards" not in facts:
-            raise ArtefactError(
-                "These vectors were written by an earlier version.", path=self.folder, remedy="Run pairdr encode again."
-            )
         self.manifest, self.fingerprint = manifest, manifest.fingerprint
         self.count, self.dimensions, self.version = facts["count"], facts["dimensions"], facts["version"]
         self.dtype: Dtype = facts["dtype"]
@@ -122,6 +112,7 @@ class VectorStore:
             for shard in self.shards
         ]
         self._tables = [map_table(folder / f"{shard.name}.arrow") for shard in self.shards]
+        self._rows = RowReader(self._tables)
         ids = pa.chunked_array([chunk for t in self._tables for chunk in t["id"].chunks], pa.large_string())
         self._index = IdIndex(self.folder / "versions", f"{self.version:08d}", ids)
         self.id_rank = self._index.rank
@@ -155,15 +146,15 @@ class VectorStore:
 
     def ids_of(self, rows: Rows) -> list[str]:
         """Return the passage ids of rows."""
-        return [str(row[0]) for row in self._take_columns(rows, ("id",))]
+        return [str(row[0]) for row in self._rows.take(rows, ("id",))]
 
     def passages_of(self, rows: Rows) -> list[Passage]:
         """Return the passages of rows."""
-        return [Passage(*row) for row in self._take_columns(rows, PASSAGE_COLUMNS)]
+        return [Passage(*row) for row in self._rows.take(rows, PASSAGE_COLUMNS)]
 
     def hashes_of(self, rows: Rows) -> npt.NDArray[np.uint64]:
         """Return `hash_passage` of rows."""
-        return np.array([row[0] for row in self._take_columns(rows, ("hash",))], dtype=np.uint64)
+        return np.array([row[0] for row in self._rows.take(rows, ("hash",))], dtype=np.uint64)
 
     @property
     def metadata(self) -> pa.ChunkedArray:
@@ -199,16 +190,6 @@ class VectorStore:
     def take_passages(self, passage_ids: Sequence[str]) -> Vectors:
         """Return the [n, D] fp32 vectors of passages by id; all of them have to be there."""
         return self.take(self.rows_of(passage_ids))
-
-    def _take_columns(self, rows: Rows, names: tuple[str, ...]) -> list[tuple[Any, ...]]:
-        found: list[tuple[Any, ...]] = [()] * len(rows)
-        for number, here in self._split(rows):
-            places = pa.array(rows[here] - self._starts[number])
-            part = self._tables[number].select(names).take(places)
-            columns = (part[name].to_pylist() for name in names)
-            for at, row in zip(here.tolist(), zip(*columns, strict=True), strict=True):
-                found[at] = row
-        return found
 
     def _split(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
         """Yield the number of each shard that some rows are in, and the places of these in `rows`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pairdr.artefact import (
-    MANIFEST,
-    describe_file,
-    explain_failed_writes,
-    hash_file,
-    hash_json,
-    hold_lock,
-    publish_version,
-    read_manifest,
-    replace_file,
-)
+from pairdr.artefact import MANIFEST, publish_version, read_manifest
 from pairdr.errors import ArtefactError, PairdrError, UsageError
+from pairdr.files import describe_file, explain_failed_writes, hash_file, hash_json, hold_lock, replace_file
 from pairdr.ids import hash_text, write_id_index
 from pairdr.records import Passage
 from pairdr.vectors import BLOCK, SCHEMA, Dtype, Rows, Vectors, VectorStore, hash_passage, map_table, to_stored
+
+PARTS = ("shards", "versions")
 
 
 class StoreWriter:
@@ -45,6 +40,8 @@ class StoreWriter:
         if self.base is not None and self.base.alive is not None:
             self.dead = ~self.base.alive
         self._entries: dict[str, dict[str, Any]] = {} if self.base is None else dict(self.base.manifest.files)
+        for shard, _ in self.shards:  # of a call that was killed after it had published
+            (folder / "shards" / f"{shard}.done").unlink(missing_ok=True)
 
     def require_base(self) -> VectorStore:
         """Return the present version, seen from inside the lock.
@@ -58,10 +55,26 @@ class StoreWriter:
             )
         return self.base
 
+    def require_space(self, size: int) -> None:
+        """Refuse to begin where so many bytes have no room.
+
+        Raises:
+            ArtefactError: naming what is needed and what is free.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise ArtefactError(
+                f"The vectors take {size / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free.",
+                path=self.folder,
+                remedy="Free some space, choose another place, or store them as --dtype float16 or int8.",
+            )
+
     def name_shard(self, passages: Sequence[Passage], *made_with: object) -> str:
         """Return the name of the shard of these passages."""
         rows = [(p.passage_id, hash_passage(p), p.metadata) for p in passages]
-        return hash_json([self.encoder, self.dtype, made_with, rows])[:32]
+        names = (hash_json([self.encoder, self.dtype, made_with, rows, number])[:32] for number in itertools.count())
+        listed = {shard for shard, _ in self.shards}  # maybe the same passages, dead by now: an index goes by names
+        return next(name for name in names if name not in listed)
 
     def find_shard(self, name: str) -> bool:
         """Return whether a shard is there whole, from this version or from a call that was killed; note its files."""
@@ -95,11 +108,14 @@ class StoreWriter:
         stored, scales = to_stored(vectors, self.dtype)
         paths = [folder / f"{name}.npy", folder / f"{name}.arrow"]
         try:
-            np.save(paths[0], stored, allow_pickle=False)
-            _write_table(paths[1], passages)
+            with _write_beside(paths[0]) as path:
+                np.save(path, stored, allow_pickle=False)
+            with _write_beside(paths[1]) as path:
+                _write_table(path, passages)
             if scales is not None:
                 paths.append(folder / f"{name}.scales.npy")
-                np.save(paths[2], scales, allow_pickle=False)
+                with _write_beside(paths[2]) as path:
+                    np.save(path, scales, allow_pickle=False)
         except BaseException:
             for path in paths:
                 path.unlink(missing_ok=True)
@@ -260,18 +276,33 @@ def _list_files(folder: Path) -> set[str]:
 
 
 def _sweep(folder: Path, named: set[str]) -> None:
-    """Remove the files of a store that no manifest needs any more."""
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
+    """Remove the files of a store that no manifest needs any more; what else stands in its folder stays."""
+    ours = [*folder.glob(f".{MANIFEST}.*"), *(path for part in PARTS for path in (folder / part).glob("*"))]
+    for path in sorted(path for path in ours if path.is_file()):
         if path.relative_to(folder).as_posix() not in named:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _write_beside(path: Path) -> Iterator[Path]:
+    """Yield a place for a file that is put at `path` once it is whole: a reader of an older file there keeps that."""
+    place = path.with_name(f"part.{path.name}")
+    try:
+        yield place
+        place.replace(path)
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
 
 
 def _require_place(folder: Path) -> None:
     """Refuse a folder with other files: a store clears away what it does not know."""
     if folder.is_file():
         raise UsageError("This is no place for an output folder.", path=folder, remedy="Name a new folder.")
-    begun = ("shards", "versions", f".{MANIFEST}.")  # of a call that was killed before there was a version
-    if not folder.is_dir() or all(path.name.startswith(begun) for path in folder.iterdir()):
+    if not folder.is_dir():
+        return
+    others = {path.name for path in folder.iterdir() if not path.name.startswith(f".{MANIFEST}.")} - {*PARTS}
+    if not others:  # new, or of a call that was killed before there was a version
         return
     kind = "other files"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):

@@ -144,12 +144,12 @@ def measure_similarities(query: Tensor, positive: Tensor, negative: Tensor, vali
     return {name: float(value) for name, value in found.items()}
 
 
-def find_alarms(line: dict[str, Any], first: dict[str, Any]) -> list[str]:
+def find_alarms(line: dict[str, Any], start_dev: float) -> list[str]:
     """Return what a line of the log gives cause to worry about, in words.
 
     Args:
         line: the newest line.
-        first: the line before the first step, with the start model's measure on dev.
+        start_dev: the start model's measure on dev.
     """
     alarms = []
     if line.get("alike", 0.0) > COLLAPSED:
@@ -157,8 +157,8 @@ def find_alarms(line: dict[str, Any], first: dict[str, Any]) -> list[str]:
             f"all passages are nearly alike (mean cosine {line['alike']:.3f}): lower learning_rate or alpha, or raise "
             "temperature"
         )
-    if line.get(DEV, math.inf) < first[DEV]:
-        alarms.append(f"{DEV} {line[DEV]:.4f} is below the start model's {first[DEV]:.4f}")
+    if line.get(DEV, math.inf) < start_dev:
+        alarms.append(f"{DEV} {line[DEV]:.4f} is below the start model's {start_dev:.4f}")
     return alarms
 
 

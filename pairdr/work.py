@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pairdr.artefact import FORMAT_VERSION, hash_json, hold_lock, read_manifest, replace_file
+from pairdr.artefact import FORMAT_VERSION, read_manifest
 from pairdr.collection import Collection
 from pairdr.config import RunConfig
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, UsageError
+from pairdr.files import hash_json, hold_lock, replace_file
 from pairdr.formats import read_run
 from pairdr.lexical import LexicalIndex
 from pairdr.records import Run

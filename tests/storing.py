@@ -21,7 +21,7 @@ SMALL = EncodeConfig(shard_size=8)
 class WordEncoder:
     """An encoder whose vectors are sums of drawn vectors of the words; it counts what it encodes."""
 
-    device = "cpu"
+    device, noise = "cpu", 1e-6
     contract = Contract("", "", 32, 32, "mean", "cosine", "join", SIZE)
 
     def __init__(self, name: str = "words") -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from manifests import rewrite_manifest
 
-from pairdr.artefact import FORMAT_VERSION, MANIFEST, hash_file, publish, read_manifest, verify_artefact
-from pairdr.artefact import replace_file as replace_small_file
+from pairdr import artefact
+from pairdr.artefact import FORMAT_VERSION, MANIFEST, publish, read_manifest, verify_artefact
 from pairdr.errors import ArtefactError, PairdrError, UsageError
+from pairdr.files import hash_file
+from pairdr.files import replace_file as replace_small_file
 
 
 def write_thing(folder: Path, text: str = "content", *, kind: str = "thing", options: dict | None = None) -> Path:
@@ -33,8 +36,7 @@ def read_thing(folder: Path) -> str:
 
 
 def change_manifest(folder: Path, **changes: object) -> None:
-    path = folder / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    rewrite_manifest(folder, lambda content: content.update(changes))
 
 
 def names_in(folder: Path) -> list[str]:
@@ -128,6 +130,61 @@ def test_another_kind_is_refused_and_both_are_named(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path, folder: str) -> None:
     with pytest.raises(ArtefactError, match="No model here"):
         read_manifest(tmp_path / folder, "model")
+
+
+def test_a_reader_that_comes_between_two_versions_reads_the_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    find = artefact._find_missing
+    asked: list[str] = []
+
+    def find_late(manifest: artefact.Manifest, place: Path) -> str | None:
+        asked.append(manifest.fingerprint)
+        if len(asked) == 1:  # while the files are looked at, they are replaced by longer ones
+            write_thing(folder, "the new content")
+        return find(manifest, place)
+
+    monkeypatch.setattr(artefact, "_find_missing", find_late)
+    assert read_manifest(folder).fingerprint == asked[-1] != asked[0]
+
+
+def test_a_reader_waits_where_a_folder_is_just_being_replaced(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x", "content")
+    staging = folder.rename(tmp_path / ".x.new.partial")
+    timer = threading.Timer(0.1, lambda: staging.rename(folder))
+    timer.start()
+    try:
+        assert read_manifest(folder).kind == "thing"
+    finally:
+        timer.join()
+
+
+def test_what_is_read_is_of_one_version(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    seen: list[str] = []
+
+    def read(manifest: artefact.Manifest) -> str:
+        seen.append((folder / "part" / "a.txt").read_text(encoding="utf-8"))
+        if len(seen) == 1:
+            write_thing(folder, "new")
+        if len(seen) == 2:
+            write_thing(folder, "newest")
+            raise ValueError("two halves that do not fit")
+        return seen[-1]
+
+    assert artefact.read_whole(folder, "thing", read) == "newest"
+    assert seen == ["old", "new", "newest"]
+    with pytest.raises(ZeroDivisionError):
+        artefact.read_whole(folder, "thing", lambda manifest: 1 / 0)
+
+
+def test_a_manifest_that_was_changed_is_refused(tmp_path: Path) -> None:
+    folder = write_thing(tmp_path / "x")
+    path = folder / MANIFEST
+    path.write_text(path.read_text(encoding="utf-8").replace('"thing"', '"thong"'), encoding="utf-8")
+    with pytest.raises(ArtefactError, match=f"{MANIFEST}: The manifest is not the one that was written: its seal"):
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "thing"}', '{"a": 1}'])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from exporting import share_graphs
+from manifests import rewrite_manifest
 from test_house import loaded_after
 
-from pairdr.artefact import hash_json, verify_artefact
+from pairdr.artefact import verify_artefact
 from pairdr.backends import exported as exported_module
 from pairdr.backends import is_exported, load_encoder, open_encoder
 from pairdr.backends import openvino as openvino_module
@@ -25,6 +26,7 @@ from pairdr.encode import encode_corpus
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, MissingExtraError, UsageError
 from pairdr.export import export_model
+from pairdr.files import hash_json
 from pairdr.records import Passage
 
 LONG = "the river runs through the town and the market is held on the square near the old bridge " * 40
@@ -194,6 +196,20 @@ def test_openvino_and_nncf_are_imported_without_their_telemetry(export: Callable
     assert loaded_after("; ".join(parts), "openvino_telemetry.main") == []
 
 
+@pytest.mark.parametrize("to", BACKENDS)
+def test_several_threads_share_one_export(export: Callable[[str, str], Path], to: str) -> None:
+    encoder = open_encoder(export("mean, cosine, prefixes", to))
+    expected = encoder.encode_queries(QUERIES)
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(encoder.encode_queries, [text]) for text in QUERIES * 20]
+        asked += [threads.submit(encoder.encode_queries, QUERIES) for _ in range(4)]
+        found = [request.result() for request in asked]
+    for number, vectors in enumerate(found[: 20 * len(QUERIES)]):
+        np.testing.assert_allclose(vectors[0], expected[number % len(QUERIES)], atol=1e-5)
+    for vectors in found[20 * len(QUERIES) :]:
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
 def test_signals_are_delivered_after_openvino_models_came_and_went(export: Callable[[str, str], Path]) -> None:
     folder = str(export("mean, cosine, prefixes", "openvino"))
     parts = (
@@ -254,9 +270,7 @@ def test_a_corpus_is_encoded_by_an_export(toy: Path, tmp_path: Path, plain: Path
 
 
 def spoil_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    change(manifest["facts"])
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    rewrite_manifest(folder, lambda content: change(content["facts"]))
 
 
 @pytest.mark.parametrize("fact", ["contract", "encoder", "pad_id", "token_types", "backend"])

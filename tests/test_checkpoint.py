@@ -365,7 +365,10 @@ def test_what_a_killed_save_left_is_skipped_and_swept(
         (half / "manifest.json").unlink()
     capsys.readouterr()
     require_as_straight(plan, straight, tmp_path / "model")
-    assert "going on after step 5" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "going on after step 5" in said
+    for step in (5, 6):
+        assert f".{step_names(step)[0]}.new.partial: only begun, by a call that was ended" in said
 
 
 # --- SIGTERM ----------------------------------------------------------------------------------------------------------

@@ -655,6 +655,45 @@ def test_questions_of_a_file_or_a_split_become_a_run(
     assert fail(2, "search", work, "-o", tmp_path / "dev", *both).startswith("Name either --queries or --data")
 
 
+def test_a_filter_may_stand_before_the_question(call: Call, folder: Path, tiny_model: Path, tmp_path: Path) -> None:
+    corpus = folder / "corpus.jsonl"
+    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()]
+    kinds = {row["_id"]: f"k{number % 2}" for number, row in enumerate(rows)}
+    lines = [json.dumps(row | {"metadata": {"kind": kinds[row["_id"]]}}) + "\n" for row in rows]
+    corpus.write_text("".join(lines), encoding="utf-8")
+    start = ("--start", tiny_model)
+    assert call("encode", folder, "-o", tmp_path / "v", *start)[0] == 0
+    for arguments in (
+        ("--where", "kind=k1", "which river"),
+        ("which river", "--where", "kind=k1"),
+        ("--where", "kind=k1", "--where", "kind=k9", "which river"),
+    ):
+        code, output, errors = call("search", tmp_path / "v", *arguments, "--json", *start)
+        assert code == 0, errors
+        hits = [json.loads(line) for line in output.splitlines()]
+        assert [hit["metadata"] for hit in hits] == [{"kind": "k1"}] * list(kinds.values()).count("k1")
+
+
+def test_every_command_that_reads_data_takes_one_of_equal_ids(
+    call: Call, fail: Fail, folder: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    add_line(folder / "corpus.jsonl", '{"_id": "p1", "text": "The last text of this id."}')
+    start, last = ("--start", tiny_model), ("--on-duplicate", "last")
+    for arguments in (
+        ("encode", folder, "-o", tmp_path / "v", *start),
+        ("index-words", folder, "-o", tmp_path / "bm25"),
+        ("search", tmp_path / "v", "--data", folder, "-o", tmp_path / "run", *start),
+        ("index", tmp_path / "v", "--data", folder, "-o", tmp_path / "index", *start),
+    ):
+        if arguments[0] != "search" or (tmp_path / "v").exists():
+            assert "--on-duplicate chooses among equal ids" in fail(1, *arguments)
+        code, _, errors = call(*arguments, *last)
+        assert code == 0, errors
+    output = call("search", tmp_path / "v", "x", "-k", "9", "--json", *start)[1]
+    found = {hit["passage_id"]: hit["text"] for hit in map(json.loads, output.splitlines())}
+    assert found["p1"] == "The last text of this id."
+
+
 def test_the_teacher_of_a_work_folder_reranks(call: Call, work: Path) -> None:
     text = "which river runs through kendal"
 
@@ -737,6 +776,8 @@ def test_verify_compares_vectors_with_those_of_their_model(call: Call, fail: Fai
     assert sampled[1].splitlines()[-1] == "9 vectors are those of their passages"
     assert "made by encoder" in fail(1, "verify", vectors, "--start", work / "models/start")
     assert fail(2, "verify", work / "bm25", *model).startswith(f"{work / 'bm25'}: Only vectors are compared")
+    assert fail(2, "verify", vectors, "--sample", "9").startswith("--sample says how many passages --start encodes")
+    assert "Must be >= 1" in fail(2, "verify", vectors, *model, "--sample", "0")
 
 
 def test_verify_names_what_is_no_output(fail: Fail, tmp_path: Path) -> None:

@@ -12,7 +12,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from pairdr.config import ARMS, Options, RunConfig, TrainConfig, change_options, list_stages
+from pairdr.config import (
+    ARMS,
+    ExportConfig,
+    IndexConfig,
+    Options,
+    QueryConfig,
+    RunConfig,
+    TrainConfig,
+    change_options,
+    list_stages,
+)
 from pairdr.errors import UsageError
 
 TESTS = Path(__file__).resolve().parent
@@ -169,3 +179,17 @@ def test_labelled_only_sees_neither_pseudo_labels_nor_a_teacher() -> None:
 def test_an_unknown_arm_is_refused_with_those_that_exist() -> None:
     with pytest.raises(UsageError, match=r"Unknown arm 'best'. There are: labelled_only, query_centric, pair"):
         list_stages("best", TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("section", "page"),
+    [
+        ("train", "training"),
+        ("encode", "vectors"),
+        *((ExportConfig, "export"), (IndexConfig, "search"), (QueryConfig, "search")),
+    ],
+)
+def test_every_option_stands_in_its_page(section: Any, page: str) -> None:
+    options = section if isinstance(section, type) else get_type_hints(RunConfig)[section]
+    text = (Path(__file__).resolve().parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert [spec.name for spec in fields(options) if f"`{spec.name}`" not in text] == []

@@ -464,3 +464,15 @@ def test_another_tokenizer_is_another_encoder(tiny_model: Path) -> None:
     assert encoder.fingerprint == before
     encoder.model.tokenizer.add_tokens(["newword"])
     assert encoder.fingerprint != before
+
+
+def test_half_precision_keeps_directions_and_lengths(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = DualEncoder.load(ModelConfig(start=str(tiny_model), device="cpu"))
+    texts = ["which river runs through Kendal", "market", "who founded the town"]
+    whole, noise = encoder.encode_queries(texts), encoder.noise
+    monkeypatch.setattr("pairdr.encoder.HALF", {"cpu": torch.bfloat16})
+    half = encoder.encode_queries(texts)
+    assert not np.array_equal(half, whole)
+    assert (half * whole).sum(1).min() > 0.99
+    np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
+    assert encoder.noise > noise

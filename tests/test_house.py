@@ -19,7 +19,8 @@ PACKAGE = ROOT / "pairdr"
 
 # A module imports only from rooms named before its own. A folder is one room: its files may share a contract.
 ROOMS = (
-    *("errors", "records", "options", "config", "formats", "artefact", "progress", "ids", "collection", "sources"),
+    *("errors", "records", "rows", "options", "config", "formats", "files", "artefact", "progress", "ids"),
+    *("collection", "sources"),
     *("measures", "fusion"),
     *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
     *("tokens", "start", "encoder", "backends", "vectors", "versions", "indexes", "lexical", "filters", "teachers"),
@@ -31,20 +32,9 @@ ROOMS = (
 
 # None of these may load torch when it is imported.
 LIGHT = (
-    *("errors", "records", "options", "config", "formats", "artefact", "collection", "tokens", "vectors", "versions"),
-    *(
-        "lexical",
-        "filters",
-        "search",
-        "measures",
-        "check",
-        "encode",
-        "mine",
-        "evaluate",
-        "index",
-        "indexes.exact",
-        "indexes.faiss",
-    ),
+    *("errors", "records", "options", "config", "formats", "files", "artefact", "collection", "tokens", "vectors"),
+    *("versions", "lexical", "filters", "search", "measures", "check", "encode", "mine", "evaluate", "index"),
+    *("indexes.exact", "indexes.faiss"),
     *("backends", "backends.exported", "backends.onnx", "backends.openvino", "gate"),
 )
 

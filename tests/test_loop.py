@@ -26,7 +26,7 @@ from training import (
 from pairdr import loop
 from pairdr.config import StageConfig
 from pairdr.encoder import DualEncoder
-from pairdr.errors import DataError
+from pairdr.errors import DataError, PairdrError
 from pairdr.formats import Examples
 from pairdr.loop import State, backward_batch, read_batches, run_stage, update_parameters
 from pairdr.tuning import make_optimizer, prepare_model
@@ -252,6 +252,24 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out(encoder: DualEncoder
     update_parameters(encoder.model, optimizer, scaler, 0.1, config, 1)
     assert encoder.hash_weights() == before
     assert scaler.get_scale() == 2**15
+
+
+def test_a_gradient_that_is_no_number_at_any_scale_stops_the_training(encoder: DualEncoder) -> None:
+    config = make_config(fp16=True)
+    optimizer = make_optimizer(encoder.model, config)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    scaler.scale(torch.ones(()))
+    for step in range(1, 30):
+        for parameter in encoder.model.parameters():
+            parameter.grad = torch.full_like(parameter, torch.nan)
+        if step <= 16:
+            update_parameters(encoder.model, optimizer, scaler, 0.1, config, step)
+            continue
+        with pytest.raises(
+            PairdrError, match=r"no number at step 17, however little the loss is scaled\. Train with bf16"
+        ):
+            update_parameters(encoder.model, optimizer, scaler, 0.1, config, step)
+        return
 
 
 def test_a_line_is_written_every_so_many_steps_and_trackers_get_it(

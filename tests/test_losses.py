@@ -443,6 +443,18 @@ def test_forms_that_need_hard_negatives_refuse_a_batch_without(variant: Any, lac
         passage_centric_loss(*random_batch(4, count), variant, negative_valid=valid, masks=masks)
 
 
+def test_own_refuses_a_row_whose_negatives_are_all_known_positives() -> None:
+    batch = random_batch()
+    rows, count = batch[2].shape[:2]
+    hard = torch.zeros(rows, rows, count, dtype=torch.bool)
+    hard[1, 1] = True
+    none = torch.zeros(rows, rows, dtype=torch.bool)
+    masks = Masks(none, hard, none)
+    with pytest.raises(UsageError, match="at least one valid hard negative in every row"):
+        passage_centric_loss(*batch, "own", masks=masks)
+    assert passage_centric_loss(*batch, "hard_all", masks=masks) > 0
+
+
 def test_own_refuses_a_single_row_without_a_negative_and_hard_all_does_not() -> None:
     valid = torch.ones(4, 2, dtype=torch.bool)
     valid[2] = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from pathlib import Path
 from statistics import mean
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from manifests import rewrite_manifest
 
 from pairdr.artefact import read_manifest
 from pairdr.config import EvaluateConfig
@@ -216,7 +216,6 @@ def test_an_evaluation_without_a_place_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_kind_is_no_evaluation(tmp_path: Path) -> None:
     evaluate_run(RUN, QRELS, EvaluateConfig(), tmp_path / "e")
-    path = tmp_path / "e" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"kind": "run"}), encoding="utf-8")
+    rewrite_manifest(tmp_path / "e", lambda content: content.update(kind="run"))
     with pytest.raises(ArtefactError, match="holds 'run', not 'evaluation'"):
         read_evaluation(tmp_path / "e")

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pairdr import mine as module
-from pairdr.artefact import hash_file, read_manifest
+from pairdr.artefact import read_manifest
 from pairdr.collection import Collection, open_collection
 from pairdr.config import DataConfig, EncodeConfig, MineConfig, ModelConfig
 from pairdr.encode import encode_corpus
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, DataError
+from pairdr.files import hash_file
 from pairdr.formats import write_trec_run
 from pairdr.mine import (
     choose_negatives,

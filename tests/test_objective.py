@@ -229,3 +229,39 @@ def test_half_precision_vectors_have_a_loss_in_fp32(case: str) -> None:
     assert found.dtype == torch.float32
     again = compute_loss(*(part.float() for part in halves), batch, 0.3, config, COSINE)["loss"]
     assert found.item() == pytest.approx(again.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "options", "gathered"),
+    [
+        (0.0, {}, 2),
+        (0.3, {"passage_negatives": "own"}, 2),
+        (0.3, {"passage_negatives": "hard_all_pos"}, 2),
+        (0.3, {}, 3),
+        (0.0, {"query_negatives": True}, 3),
+        (0.0, {"symmetric": True}, 3),
+        (0.3, {"cross_batch_negatives": False}, 0),
+    ],
+)
+def test_only_what_a_loss_needs_is_gathered_from_the_other_ranks(
+    monkeypatch: pytest.MonkeyPatch, alpha: float, options: dict[str, Any], gathered: int
+) -> None:
+    whole = make_vectors()
+    halves = whole if options.get("cross_batch_negatives") is False else tuple(part[:2] for part in whole)
+    calls: list[str] = []
+
+    def gather(local: Tensor) -> Tensor:
+        calls.append("gather")
+        return next(part for part, half in zip(whole, halves, strict=True) if half is local)
+
+    def place(local: Tensor) -> Tensor:
+        calls.append("place")
+        return torch.cat([local, torch.zeros_like(local)])
+
+    monkeypatch.setattr("pairdr.objective.count_ranks", lambda: 2)
+    monkeypatch.setattr("pairdr.objective.gather_rows", gather)
+    monkeypatch.setattr("pairdr.objective.place_rows", place)
+    rows = slice(0, len(halves[0]))
+    compute_loss(*halves, make_batch(mask=False)._replace(rows=rows), alpha, make_config(**options), COSINE)
+    assert calls.count("gather") == gathered
+    assert len(calls) == (3 if gathered else 0)

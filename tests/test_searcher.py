@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from storing import SMALL, WordEncoder
 
+from pairdr.backends import load_encoder
 from pairdr.collection import open_collection
-from pairdr.config import IndexConfig, LexicalConfig, ModelConfig
+from pairdr.config import EncodeConfig, IndexConfig, LexicalConfig, ModelConfig
 from pairdr.encode import encode_corpus, upsert_passages, verify_vectors
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.index import build_index
@@ -217,6 +218,52 @@ def test_parts_that_do_not_fit_each_other_are_refused(folder: Path, tmp_path: Pa
         Searcher(store, ENCODER, words=LexicalIndex(folder / "bm25"))
 
 
+def test_an_index_over_another_version_is_refused(folder: Path, tmp_path: Path) -> None:
+    place = copy_store(folder, tmp_path)
+    index = build_index(VectorStore(place), IndexConfig(index_kind="flat"), tmp_path / "index")
+    changed = delete_passages(place, ["p01"])
+    with pytest.raises(ArtefactError, match="over another version of these vectors"):
+        Searcher(changed, ENCODER, index=index)
+
+
+def test_an_old_index_says_that_it_should_be_built_anew(
+    tmp_path: Path, tiny_model: Path, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelConfig(start=str(tiny_model), device="cpu")
+    encoder = load_encoder(model)
+    store = encode_corpus(open_collection(toy), encoder, EncodeConfig(), tmp_path / "v")
+    build_index(store, IndexConfig(index_kind="ivf", quantiser="sq8", wanted_recall=0.5), tmp_path / "index")
+    Searcher.open(tmp_path / "v", model, index=tmp_path / "index")
+    assert "run pairdr index again" not in capsys.readouterr().err
+    upsert_passages(PASSAGES, encoder, SMALL, tmp_path / "v")
+    Searcher.open(tmp_path / "v", model, index=tmp_path / "index")
+    assert "25% of the vectors changed since" in capsys.readouterr().err
+
+
+def test_words_that_are_replaced_while_they_are_read_are_read_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pairdr import lexical
+
+    store, config = VectorStore(copy_store(folder, tmp_path)), LexicalConfig(language="none")
+    index_words(store, config, tmp_path / "bm25")
+    fewer = delete_passages(tmp_path / "vectors", [p.passage_id for p in PASSAGES[:20]])
+    load = lexical.bm25s.BM25.load
+    replaced: list[int] = []
+
+    def load_late(*arguments: Any, **options: Any) -> Any:
+        if not replaced:
+            replaced.append(1)
+            index_words(fewer, config, tmp_path / "bm25")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(lexical.bm25s.BM25, "load", load_late)
+    words = lexical.LexicalIndex(tmp_path / "bm25")
+    assert words.count == 20
+    words.require_passages(fewer.passages_fingerprint)
+    assert words.ids_of(words.search("word1", 40)[0]) == ["p21", "p26", "p31", "p36"]
+
+
 def copy_store(folder: Path, target: Path) -> Path:
     import shutil
 
@@ -272,10 +319,12 @@ def test_vectors_are_compared_with_fresh_ones(folder: Path, tmp_path: Path) -> N
         verify_vectors(store, Wrong())
     with pytest.raises(ArtefactError, match="made by encoder"):
         verify_vectors(store, WordEncoder("other"))
+    lenient = Wrong()
+    lenient.noise = 0.05
+    assert verify_vectors(store, lenient) == 40
 
 
 def test_vectors_are_opened_with_their_model(toy: Path, tiny_model: Path, tmp_path: Path) -> None:
-    from pairdr.config import EncodeConfig
     from pairdr.encoder import DualEncoder
 
     model = ModelConfig(start=str(tiny_model), device="cpu")

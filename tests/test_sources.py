@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from pairdr.artefact import hash_file, read_manifest, verify_artefact
+from pairdr.artefact import read_manifest, verify_artefact
 from pairdr.errors import ArtefactError, MissingExtraError, UsageError
+from pairdr.files import hash_file
 from pairdr.formats import read_qrels
 from pairdr.records import Passage
 from pairdr.sources import minilm, python_docs

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from training import BOTH, PAIR, QUERY, make_config, make_row
 
 from pairdr import losses, objective
@@ -98,6 +102,21 @@ def test_the_second_stage_never_computes_the_passage_centric_loss(
 
 
 @pytest.mark.slow
+def test_the_alarm_of_both_stages_compares_with_the_start_model(
+    toy_parts: Parts,
+    examples: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measured = iter([0.5, 0.3, 0.3, 0.4])  # before and after each stage of one step
+    monkeypatch.setattr("pairdr.loop._measure_dev", lambda *_: next(measured))
+    train(toy_parts, examples, tmp_path / "model", max_steps=1)
+    said = capsys.readouterr().err
+    assert "pair, step 1: dev_RR@10 0.3000 is below the start model's 0.5000" in said
+    assert "query_centric, step 1: dev_RR@10 0.4000 is below the start model's 0.5000" in said
+
+
 def test_the_model_between_the_stages_stands_beside(toy_parts: Parts, examples: Path, tmp_path: Path) -> None:
     model = train(toy_parts, examples, tmp_path / "pair")
     assert {path.name for path in tmp_path.iterdir()} == {"pair", "pair.stage1"}
@@ -332,3 +351,53 @@ def test_rows_without_negatives_are_left_out_where_their_own_are_all_there_is(tm
         ("official", "pair"): 4,
         ("official", "query_centric"): 4,
     }
+
+
+ENDPOINT = ("--rdzv-endpoint", "localhost:0")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process_with_the_joint_batch(
+    toy: Path, tiny_model: Path, examples: Path, tmp_path: Path
+) -> None:
+    options = (
+        "--max-steps",
+        "3",
+        "--dropout",
+        "0",
+        "--learning-rate",
+        "1e-3",
+        "--seed",
+        "13",
+        "--arm",
+        "query_centric",
+    )
+    sample = ("--eval-passages", "20", "--eval-queries", "5", "--query-length", "32", "--passage-length", "128")
+    ranks = (
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    )
+    models = []
+    for name, command, batch in (("one", ("pairdr",), "8"), ("two", (*ranks, "-m", "--", "pairdr"), "4")):
+        place = tmp_path / name / "model"
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", *command, "train", str(toy), str(examples), "-o", str(place)),
+                *("--start", str(tiny_model), "--device", "cpu", "--per-device-train-batch-size", batch),
+                *(*options, *sample),
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        models.append(DualEncoder.open(place, device="cpu").model)
+    for (title, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-3, msg=title)
+    assert read_manifest(tmp_path / "two" / "model").options["ranks"] == 2

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from training import make_config, open_start
 
 from pairdr.encoder import DualEncoder
@@ -130,6 +131,23 @@ def test_random_numbers_are_a_function_of_seed_and_step() -> None:
 
 
 # --- a model made ready -----------------------------------------------------------------------------------------------
+
+
+def test_a_sparse_gradient_never_has_many_more_rows_than_its_table(encoder: DualEncoder) -> None:
+    with prepare_model(encoder, make_config()) as model:
+        tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        sums = [torch.zeros_like(table) for table in tables]
+        for _ in range(40):
+            for table, total in zip(tables, sums, strict=True):
+                ids = torch.randint(len(table), (7,))
+                F.embedding(ids, table, sparse=True).sum().backward()
+                total.index_add_(0, ids, torch.ones(7, table.shape[1]))
+                assert table.grad is not None
+                assert table.grad._nnz() <= len(table) + 7
+        densify_gradients(model)
+        for table, total in zip(tables, sums, strict=True):
+            assert torch.equal(table.grad, total)
+    assert not any(table._post_accumulate_grad_hooks for table in tables)
 
 
 def test_gradients_of_tables_become_dense_and_keep_their_values() -> None:

@@ -6,20 +6,23 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from manifests import rewrite_manifest
 from storing import SIZE, SMALL, WordEncoder, make_texts, read_texts, to_passages, write_collection
 
 from pairdr import versions
-from pairdr.artefact import hash_file, read_manifest, verify_artefact
+from pairdr.artefact import MANIFEST, read_manifest, verify_artefact
 from pairdr.cli import main
 from pairdr.config import EncodeConfig, SearchConfig
 from pairdr.encode import encode_corpus, upsert_passages
 from pairdr.errors import ArtefactError, PairdrError, UsageError
+from pairdr.files import hash_file
 from pairdr.indexes.exact import search_exact
 from pairdr.records import Passage, Query
 from pairdr.search import rank_dense
@@ -226,6 +229,84 @@ def test_readers_beside_a_writer_see_whole_versions(tmp_path: Path) -> None:
     assert failures == []
 
 
+def test_a_passage_that_comes_back_is_in_a_shard_of_another_name(tmp_path: Path) -> None:
+    build(tmp_path / "v", make_texts(9))
+    for text in ("one", "two", "one", "two"):
+        store = upsert_passages([Passage("x", "", text), Passage("y", "", text)], ENCODER, SMALL, tmp_path / "v")
+    assert len({shard.name for shard in store.shards}) == len(store.shards)
+    assert read_texts(store) == make_texts(9) | {"x": "two", "y": "two"}
+
+
+def test_a_reader_keeps_its_bytes_when_a_shard_comes_back_under_its_name(tmp_path: Path) -> None:
+    build(tmp_path / "v", make_texts(9))
+    more = to_passages(make_texts(8, 50))
+    ids = [passage.passage_id for passage in more]
+    reader = upsert_passages(more, ENCODER, SMALL, tmp_path / "v")
+    before = reader.take_passages(ids)
+    delete_passages(tmp_path / "v", ids)
+    compact_store(tmp_path / "v")
+    places = {path.name: path.stat().st_ino for path in (tmp_path / "v" / "shards").iterdir()}
+    upsert_passages(more, ENCODER, SMALL, tmp_path / "v")
+    after = {path.name: path.stat().st_ino for path in (tmp_path / "v" / "shards").iterdir()}
+    assert all(after[name] != inode for name, inode in places.items() if name.startswith(reader.shards[-1].name))
+    np.testing.assert_array_equal(reader.take_passages(ids), before)
+
+
+def test_what_else_stands_in_the_folder_stays(tmp_path: Path) -> None:
+    build(tmp_path / "v", make_texts(9))
+    for place in ("notes.txt", "index/index.faiss", "shards/kept/by-a-user.txt"):
+        (tmp_path / "v" / place).parent.mkdir(exist_ok=True)
+        (tmp_path / "v" / place).write_text("mine", encoding="utf-8")
+    delete_passages(tmp_path / "v", ["p000"])
+    compact_store(tmp_path / "v")
+    for place in ("notes.txt", "index/index.faiss", "shards/kept/by-a-user.txt"):
+        assert (tmp_path / "v" / place).read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("name", ["shards_backup", "versions2"])
+def test_a_folder_that_only_begins_like_one_of_ours_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "v" / name).mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds 'other files'"):
+        build(tmp_path / "v", make_texts(3))
+
+
+def test_markers_of_a_call_that_was_killed_after_publishing_are_swept(tmp_path: Path) -> None:
+    store = build(tmp_path / "v", make_texts(9))
+    marker = tmp_path / "v" / "shards" / f"{store.shards[0].name}.done"
+    marker.write_text("{}", encoding="utf-8")
+    build(tmp_path / "v", make_texts(9))
+    assert not marker.exists()
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions.shutil, "disk_usage", lambda place: SimpleNamespace(free=4 * SIZE * 9 - 1))
+    encoder = WordEncoder()
+    with pytest.raises(ArtefactError, match=r"The vectors take 0 MiB; 0 MiB are free\. Free some space"):
+        encode_corpus(write_collection(tmp_path / "data", make_texts(9)), encoder, SMALL, tmp_path / "v")
+    assert encoder.encoded == []
+    monkeypatch.setattr(versions.shutil, "disk_usage", lambda place: SimpleNamespace(free=4 * SIZE * 9))
+    encode_corpus(write_collection(tmp_path / "data", make_texts(9)), encoder, SMALL, tmp_path / "v")
+
+
+@pytest.mark.parametrize("byte", range(0, 1500, 37))
+def test_one_flipped_bit_of_the_manifest_is_found(tmp_path: Path, byte: int) -> None:
+    build(tmp_path / "v", make_texts(9))
+    path = tmp_path / "v" / MANIFEST
+    written = path.read_bytes()
+    flipped = bytearray(written)
+    flipped[byte % len(written)] ^= 1
+    path.write_bytes(flipped)
+    try:
+        same = json.loads(flipped) == json.loads(written)  # white space between two values
+    except ValueError:
+        same = False
+    if not same:
+        with pytest.raises(ArtefactError):
+            verify_artefact(tmp_path / "v")
+
+
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     build(tmp_path / "v", make_texts(9))
     with (
@@ -358,10 +439,8 @@ def test_two_rows_of_one_id_are_found(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_vectors_of_an_earlier_form_are_refused_and_made_anew(tmp_path: Path) -> None:
     build(tmp_path / "v", make_texts(9))
-    manifest = json.loads((tmp_path / "v" / "manifest.json").read_text())
-    del manifest["facts"]["shards"]
-    (tmp_path / "v" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtefactError, match="written by an earlier version"):
+    rewrite_manifest(tmp_path / "v", lambda content: content.update(format_version=1))
+    with pytest.raises(ArtefactError, match="Format version 1 is not the"):
         VectorStore(tmp_path / "v")
     assert build(tmp_path / "v", make_texts(9)).live == 9
 

@@ -157,7 +157,7 @@ def test_the_peak_of_this_machine_is_a_finite_number(dtype: torch.dtype) -> None
 
 # --- alarms -----------------------------------------------------------------------------------------------------------
 
-FIRST = {"step": 0, DEV: 0.4}
+START = 0.4
 
 
 def make_line(**values: Any) -> dict[str, Any]:
@@ -165,19 +165,19 @@ def make_line(**values: Any) -> dict[str, Any]:
 
 
 def test_a_healthy_line_gives_no_alarm() -> None:
-    assert find_alarms(make_line(), FIRST) == []
-    assert find_alarms({"step": 10, "loss": 1.0}, FIRST) == []
+    assert find_alarms(make_line(), START) == []
+    assert find_alarms({"step": 10, "loss": 1.0}, START) == []
 
 
 def test_passages_that_are_all_alike_give_an_alarm_with_what_helps() -> None:
-    (alarm,) = find_alarms(make_line(alike=0.985), FIRST)
+    (alarm,) = find_alarms(make_line(alike=0.985), START)
     assert "all passages are nearly alike (mean cosine 0.985): lower learning_rate or alpha" in alarm
-    assert find_alarms(make_line(alike=0.98), FIRST) == []
+    assert find_alarms(make_line(alike=0.98), START) == []
 
 
 def test_a_model_below_its_start_on_dev_gives_an_alarm_with_both_numbers() -> None:
-    assert find_alarms(make_line(**{DEV: 0.3999}), FIRST) == ["dev_RR@10 0.3999 is below the start model's 0.4000"]
+    assert find_alarms(make_line(**{DEV: 0.3999}), START) == ["dev_RR@10 0.3999 is below the start model's 0.4000"]
 
 
 def test_two_worries_are_two_alarms() -> None:
-    assert len(find_alarms(make_line(alike=1.0, **{DEV: 0.0}), FIRST)) == 2
+    assert len(find_alarms(make_line(alike=1.0, **{DEV: 0.0}), START)) == 2

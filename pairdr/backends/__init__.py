@@ -41,6 +41,10 @@ class Encoder(Protocol):
         """Return the kind of device that it runs on: cpu, cuda, ..."""
 
     @property
+    def noise(self) -> float:
+        """Return how far what a text is batched with may move a number of its vector, as a share of its largest."""
+
+    @property
     def fingerprint(self) -> str:
         """Return a hash of all that decides the vectors."""
 

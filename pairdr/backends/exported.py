@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pairdr.artefact import hash_file, hash_json, read_manifest
+from pairdr.artefact import Manifest, read_whole
 from pairdr.backends.texts import Arrays, TextReader, pad_tokens
 from pairdr.errors import ArtefactError, PairdrError
+from pairdr.files import hash_file, hash_json
 from pairdr.records import Passage
 from pairdr.tokens import TOKENS_PER_BATCH, Contract, Tokens, plan_forwards
 
@@ -52,14 +53,23 @@ class ExportedEncoder:
 
     device = "cpu"
 
+    @property
+    def noise(self) -> float:
+        """Return how far what a text is batched with may move a number of its vector, of its largest."""
+        return 0.05 if self._quantised else 1e-5
+
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.contract = Contract(**facts["contract"])
         self.fingerprint = str(facts["encoder"])
         self._pad_id = int(facts["pad_id"])
+        self._quantised = facts["precision"] == "int8"
         text = (folder / TOKENIZER).read_text(encoding="utf-8")
         self.reader = TextReader(text, self.contract, bool(facts["token_types"]))
         graph = find_graph(facts["backend"])
-        self._forwards = graph.load(folder / graph.file, count_cores())
+        self._idle: SimpleQueue[Forward] = SimpleQueue()  # each is used by one thread at a time
+        self._cores = count_cores()
+        for forward in graph.load(folder / graph.file, self._cores):
+            self._idle.put(forward)
 
     @classmethod
     def open(cls, folder: str | Path) -> ExportedEncoder:
@@ -69,12 +79,15 @@ class ExportedEncoder:
             ArtefactError: the folder is missing, broken or of another kind.
             MissingExtraError: the package that runs it is not installed.
         """
-        manifest = read_manifest(folder, "exported")
         place = Path(folder)
-        try:
+
+        def read(manifest: Manifest) -> ExportedEncoder:
             if hash_file(place / TOKENIZER) != manifest.files[TOKENIZER]["sha256"]:
                 raise ValueError(f"{TOKENIZER} is not the file that was written")
             return cls(place, manifest.facts)
+
+        try:
+            return read_whole(place, "exported", read)
         except PairdrError:
             raise
         except Exception as error:  # each library that reads a part has errors of its own
@@ -96,19 +109,16 @@ class ExportedEncoder:
     ) -> Vectors:
         vectors = np.empty((len(texts), self.contract.dimensions), dtype=np.float32)
         budget = tokens_per_batch or TOKENS_PER_BATCH["cpu"]
-        idle: SimpleQueue[Forward] = SimpleQueue()
-        for forward in self._forwards:
-            idle.put(forward)
 
         def plan(tokens: list[Tokens]) -> list[list[int]]:
             return plan_forwards([len(t.input_ids) for t in tokens], budget)
 
         def compute(tokens: list[Tokens], into: Vectors, group: list[int]) -> None:
-            forward = idle.get()
+            forward = self._idle.get()
             try:
                 into[group] = forward(pad_tokens([tokens[place] for place in group], self._pad_id))
             finally:
-                idle.put(forward)
+                self._idle.put(forward)
 
         tokens = tokenize(texts[:WINDOW])
         groups = plan(tokens)
@@ -116,7 +126,7 @@ class ExportedEncoder:
             for group in groups:
                 compute(tokens, vectors, group)
             return vectors
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(len(self._forwards)) as cores:
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(self._cores) as cores:
             try:
                 for start in range(0, len(texts), WINDOW):
                     coming = reader.submit(tokenize, texts[start + WINDOW : start + 2 * WINDOW])

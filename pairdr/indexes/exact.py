@@ -50,7 +50,7 @@ def search_exact(
 ) -> tuple[Rows, Scores]:
     """Return the k best rows for each query, best first.
 
-    Memory is bounded by queries x (tile + k), whatever the size of the corpus. The score of a query and a row does not
+    Memory is bounded by queries x (tile + k), and four bytes a row. The score of a query and a row does not
     depend on where blocks begin and end, so shards that are searched apart and merged equal the whole; only OpenBLAS's
     kernels for Haswell and Zen add up rows in two orders, by their place, and a last bit can differ.
 

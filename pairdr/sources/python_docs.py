@@ -31,8 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pairdr.artefact import hash_file, hash_json, publish
+from pairdr.artefact import publish
 from pairdr.errors import MissingExtraError, UsageError
+from pairdr.files import hash_file, hash_json
 from pairdr.formats import write_qrels
 from pairdr.records import Passage
 
@@ -385,8 +386,7 @@ def _write_folder(folder: Path, corpus: Sequence[Passage], chosen: Mapping[str, 
 
 
 def _name_query(entry: Entry) -> str:
-    # Not the passage's own id: BEIR's evaluation leaves out a passage that is named like the query.
-    return f"q:{entry.name}"
+    return f"q:{entry.name}"  # not the passage's own id: BEIR's evaluation leaves out a passage named like the query
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
@@ -396,5 +396,5 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
 
 
 def _hash_content(folder: Path) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = filter(Path.is_file, sorted(folder.rglob("*")))
     return hash_json([[path.relative_to(folder).as_posix(), hash_file(path)] for path in files])
