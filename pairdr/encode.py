@@ -180,11 +180,9 @@ def _add_shard(writer: StoreWriter, block: list[Passage], encoder: Encoder, conf
     old = _find_vectors(writer, block)
     name = writer.name_shard(block, config.tokens_per_batch, np.flatnonzero(old >= 0).tolist())
     if not writer.find_shard(name):
-        vectors = np.empty((len(block), encoder.contract.dimensions), dtype=np.float32)  # [n, D]
+        vectors = np.zeros((len(block), encoder.contract.dimensions), dtype=np.float32)  # [n, D]
         new = [passage for passage, row in zip(block, old.tolist(), strict=True) if row < 0]
         if new:
             vectors[old < 0] = encoder.encode_passages(new, config.tokens_per_batch)
-        if writer.base is not None:
-            vectors[old >= 0] = writer.base.take(old[old >= 0])
-        writer.write_shard(name, block, vectors)
+        writer.write_shard(name, block, vectors, old)
     writer.shards.append((name, len(block)))

@@ -181,11 +181,18 @@ class VectorStore:
 
     def take(self, rows: Rows) -> Vectors:
         """Return [n, D] fp32 vectors of rows."""
-        taken = np.empty((len(rows), self.dimensions), dtype=np.float32)
+        return to_float32(*self.take_stored(rows))
+
+    def take_stored(self, rows: Rows) -> tuple[npt.NDArray[Any], Vectors | None]:
+        """Return [n, D] vectors of rows as they are stored, and the [n] scales of int8 ones."""
+        taken = np.empty((len(rows), self.dimensions), dtype=self.dtype)
+        factors = np.empty(len(rows), dtype=np.float32) if self.dtype == "int8" else None
         for number, here in self._split(rows):
             places, scales = rows[here] - self._starts[number], self._scales[number]
-            taken[here] = to_float32(self._vectors[number][places], None if scales is None else scales[places])
-        return taken
+            taken[here] = self._vectors[number][places]
+            if factors is not None and scales is not None:
+                factors[here] = scales[places]
+        return taken, factors
 
     def take_passages(self, passage_ids: Sequence[str]) -> Vectors:
         """Return the [n, D] fp32 vectors of passages by id; all of them have to be there."""

@@ -90,8 +90,14 @@ class StoreWriter:
             self._entries |= entries
         return whole
 
-    def write_shard(self, name: str, passages: Sequence[Passage], vectors: Vectors) -> None:
-        """Write the vectors [n, D] of some passages.
+    def write_shard(self, name: str, passages: Sequence[Passage], vectors: Vectors, old: Rows | None = None) -> None:
+        """Write the vectors of some passages.
+
+        Args:
+            name: of the shard.
+            passages: its rows.
+            vectors: [n, D].
+            old: [n] rows of the base whose stored bytes are kept in their place; -1 is none.
 
         Raises:
             PairdrError: a vector that is not finite.
@@ -106,6 +112,11 @@ class StoreWriter:
         folder = self.folder / "shards"
         folder.mkdir(exist_ok=True)
         stored, scales = to_stored(vectors, self.dtype)
+        if self.base is not None and old is not None:
+            kept, factors = self.base.take_stored(old[old >= 0])
+            stored[old >= 0] = kept
+            if scales is not None and factors is not None:
+                scales[old >= 0] = factors
         paths = [folder / f"{name}.npy", folder / f"{name}.arrow"]
         try:
             with _write_beside(paths[0]) as path:
@@ -220,7 +231,8 @@ def compact_store(folder: str | Path) -> VectorStore:
                 passages = store.passages_of(live)
                 name = writer.name_shard(passages, "compacted", shard.name)
                 if not writer.find_shard(name):
-                    writer.write_shard(name, passages, store.take(live))
+                    none = np.zeros((len(live), store.dimensions), dtype=np.float32)
+                    writer.write_shard(name, passages, none, live)
                 kept.append((name, len(live)))
         writer.shards = kept
         writer.dead = np.zeros(0, dtype=np.bool_)

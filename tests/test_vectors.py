@@ -19,11 +19,14 @@ from storing import SIZE, SMALL, WordEncoder, make_texts, read_texts, to_passage
 from pairdr import versions
 from pairdr.artefact import MANIFEST, read_manifest, verify_artefact
 from pairdr.cli import main
-from pairdr.config import EncodeConfig, SearchConfig
+from pairdr.config import EncodeConfig, IndexConfig, LexicalConfig, SearchConfig
 from pairdr.encode import encode_corpus, upsert_passages
 from pairdr.errors import ArtefactError, PairdrError, UsageError
 from pairdr.files import hash_file
+from pairdr.index import build_index
 from pairdr.indexes.exact import search_exact
+from pairdr.indexes.faiss import FaissIndex
+from pairdr.lexical import index_words
 from pairdr.records import Passage, Query
 from pairdr.search import rank_dense
 from pairdr.vectors import VectorStore, to_float32, to_stored
@@ -132,9 +135,9 @@ def test_upserts_and_deletes_by_id(tmp_path: Path) -> None:
 class Machine:
     """A store and what it should hold."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str) -> None:
         self.folder, self.texts = folder, make_texts(12)
-        build(folder, self.texts)
+        build(folder, self.texts, dtype=dtype)
 
     def take(self, step: tuple[str, list[int]]) -> None:
         kind, numbers = step
@@ -159,23 +162,49 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(STEPS)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STEPS, st.sampled_from(["float32", "float16", "int8"]))
 def test_any_sequence_of_changes_searches_as_a_rebuild_does(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, list[int]]]
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, list[int]]], dtype: str
 ) -> None:
     folder = tmp_path_factory.mktemp("machine")
-    machine = Machine(folder / "v")
+    machine = Machine(folder / "v", dtype)
+    config = IndexConfig(index_kind="hnsw", quantiser="sq8", wanted_recall=0.5, recall_depth=5)
+    build_index(VectorStore(folder / "v"), config, folder / "index")
     for step in steps:
         machine.take(step)
         store = VectorStore(folder / "v")
         assert read_texts(store) == machine.texts
+        require_sound_index(store, folder / "index", config)
     verify_artefact(folder / "v")
     verify_store(folder / "v")
     if machine.texts:
-        rebuilt = build(folder / "again", machine.texts)
+        rebuilt = build(folder / "again", machine.texts, dtype=dtype)
+        words, again = (
+            index_words(source, LexicalConfig(language="none"), folder / name)
+            for source, name in ((store, "words"), (rebuilt, "words again"))
+        )
         for text in ("word1 town1", "town3", "word5 town0 word2"):
             assert search(store, text) == search(rebuilt, text)
+            found, expected = words.search(text, 12), again.search(text, 12)
+            assert words.ids_of(found[0]) == again.ids_of(expected[0])
+            assert found[1].tolist() == expected[1].tolist()
+
+
+def require_sound_index(store: VectorStore, folder: Path, config: IndexConfig) -> None:
+    """Check that an index over a changed store finds live passages, each once, with their scores of now."""
+    try:
+        index = FaissIndex.open(folder, store)
+    except ArtefactError:  # every shard that it knew was written anew
+        if not store.live:
+            return
+        index = build_index(store, config, folder)
+    query = ENCODER.encode_queries(["word1 town1"])
+    (rows,), (scores,) = index.search(query, 9)
+    ids = store.ids_of(rows[rows >= 0])
+    assert len(ids) == min(9, store.live) == len(set(ids))
+    assert (store.rows_of(ids) == rows[rows >= 0]).all()
+    np.testing.assert_allclose(scores[rows >= 0], store.take(rows[rows >= 0]) @ query[0], atol=1e-6)
 
 
 def test_compaction_keeps_whole_shards_and_clears_the_rest_away(tmp_path: Path) -> None:
