@@ -34,7 +34,7 @@ DEMO = RunConfig(
     train=TrainConfig(max_steps=50, dropout=0.0),
     arms=("labelled_only", "pair"),
 )
-"""The demo's options, chosen for minutes on two cores: short texts, few steps, no dropout (dear on a processor)."""
+"""The demo's options, chosen for minutes on two cores: short texts, few steps, no dropout (a sixth of a step)."""
 
 
 @dataclass(frozen=True)
