@@ -191,6 +191,18 @@ def test_stored_vectors_spare_encoding_the_passages(toy_parts: Parts, monkeypatc
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+def test_a_dual_encoder_forgets_passages_and_scores_the_same(toy_parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, rows = read_candidates(toy_parts, (7, 5, 6))
+    recipe = {"kind": "dual_encoder", "name": "student", "source": str(toy_parts.start)}
+    expected = load_teacher(recipe, ".", toy_parts.index, ModelConfig()).score(queries, rows)
+    monkeypatch.setattr("pairdr.teachers._MOST_KNOWN", 4)
+    teacher = load_teacher(recipe, ".", toy_parts.index, ModelConfig())
+    for query, row, scores in zip(queries, rows, expected, strict=True):
+        np.testing.assert_allclose(teacher.score([query], [row])[0], scores, atol=1e-6)
+        assert isinstance(teacher, DualEncoderTeacher)
+        assert len(teacher._vectors) <= 4 + len(row)
+
+
 def test_stored_vectors_of_another_model_are_not_used(toy_parts: Parts, bare_model: Path) -> None:
     queries, rows = read_candidates(toy_parts, (7,))
     recipe = {"kind": "dual_encoder", "name": "larger", "source": str(bare_model)}
