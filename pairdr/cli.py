@@ -34,6 +34,7 @@ for command in (
     commands.encode,
     commands.search,
     commands.evaluate,
+    store_commands.compare,
     store_commands.upsert,
     store_commands.delete,
     store_commands.compact,

@@ -314,6 +314,19 @@ class EvaluateConfig(Options):
     test_seed: int = option(13, "Seed of the test.", low=0)
 
 
+@dataclass(frozen=True)
+class CompareConfig(Options):
+    """Systems on the same queries: intervals, tests, a verdict."""
+
+    measures: tuple[str, ...] = option(("RR@10", "nDCG@10", "R@100"), "Measures; the first one is tested.")
+    level: float = option(
+        0.05, "A difference is shown below this p-value, after Holm's correction.", low=1e-6, high=0.5
+    )
+    power: float = option(0.8, "Share of cases in which the detectable difference would be shown.", low=0.5, high=0.999)
+    resamples: int = option(10000, "Resamples of tests and intervals.", low=100)
+    compare_seed: int = option(13, "Seed of these.", low=0)
+
+
 Target = Literal["onnx", "openvino", "openvino-int8"]
 """What runs an exported model, and in which precision."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,7 @@ from cyclopts import Parameter, validators
 from pairdr.artefact import MANIFEST, read_manifest, verify_artefact
 from pairdr.commands import FLAT, ON_DUPLICATE, OUTPUT
 from pairdr.config import (
+    CompareConfig,
     DataConfig,
     EncodeConfig,
     ExportConfig,
@@ -24,6 +27,7 @@ from pairdr.progress import print_facts, print_text, quiet_libraries
 
 if TYPE_CHECKING:
     from pairdr.indexes.exact import Scores
+    from pairdr.measures import PerQuery
     from pairdr.vectors import VectorStore
 
 
@@ -80,6 +84,36 @@ def index(
     build_index(store, options, output, queries)
     facts = read_manifest(output).facts
     print_facts({name: value for name, value in facts.items() if name != "shards"})
+
+
+def compare(
+    systems: Annotated[tuple[str, ...], Parameter(negative="")],
+    *,
+    qrels: Annotated[Path | None, Parameter(help="Labels (BEIR or TREC) by which runs are measured.")] = None,
+    output: Annotated[Path | None, OUTPUT] = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="For machines.")] = False,
+    options: Annotated[CompareConfig, FLAT] = CompareConfig(),
+) -> None:
+    """Compare systems on the same queries with the first one: did it help, and could these queries have shown it?
+
+    Parameters
+    ----------
+    systems
+        Two or more of PLACE, NAME=PLACE or NAME=PLACE,PLACE (seeds of one system). A place is a run, an evaluation, or
+        a work folder, of which PAIR is taken.
+    """
+    from pairdr.compare import compare_values, read_system
+    from pairdr.formats import read_qrels
+
+    labels = None if qrels is None else read_qrels(qrels)
+    values: dict[str, list[PerQuery]] = {}
+    for text in systems:
+        name, seeds = read_system(text, labels, options.measures)
+        if name in values:
+            raise UsageError(f"Two systems are named {name!r}.", remedy="Write NAME=PLACE.")
+        values[name] = seeds
+    found = compare_values(values, options, output)
+    print_text(json.dumps(asdict(found)) if as_json else found.format())
 
 
 def upsert(

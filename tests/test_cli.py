@@ -27,11 +27,12 @@ from pairdr.config import ModelConfig, Options, RunConfig
 from pairdr.formats import Examples, read_run
 from pairdr.lexical import LexicalIndex
 from pairdr.records import Passage, Query
+from pairdr.table import read_table
 from pairdr.teachers import load_teacher, read_recipe
 
 COMMANDS = (
     *("run", "demo", "check", "mine", "teach", "label", "train", "encode", "search", "evaluate", "verify"),
-    *("upsert", "delete", "compact", "export", "index", "index-words"),
+    *("upsert", "delete", "compact", "export", "index", "index-words", "compare"),
 )
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = {"p1": "The Lune is a river.", "p2": "A market on Monday.", "p3": "An old bridge."}
@@ -756,6 +757,27 @@ def test_another_tools_run_is_measured(call: Call, toy: Path, tmp_path: Path) ->
     assert (code, output.split()) == (0, ["RR@10", "0.5000", "Success@1", "0.5000"])
 
 
+def test_systems_of_a_work_folder_are_compared(call: Call, fail: Fail, toy: Path, work: Path, tmp_path: Path) -> None:
+    runs, labels = work / "runs" / "test", ("--qrels", toy / "qrels" / "test.tsv", "--resamples", "500")
+    systems = [f"{name}={runs / name}" for name in ("bm25", "start", "pair")]
+    code, output, errors = call("compare", *systems, *labels, "-o", tmp_path / "out")
+    assert code == 0, errors
+    table = read_table(work / "report")
+    means = {row.system: row.means["RR@10"] for row in table.rows}
+    for name in ("bm25", "start", "pair"):
+        assert f"{means[name]:.4f}" in next(line for line in output.splitlines() if line.startswith(f"{name} "))
+    assert [line.split()[0] for line in output.splitlines() if " than bm25" in line or "and bm25 could" in line]
+    kept = json.loads(call("compare", *systems, *labels, "--json")[1])
+    assert kept == json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+    assert [found["difference"] for found in kept["differences"]] == pytest.approx(
+        [means["start"] - means["bm25"], means["pair"] - means["bm25"]]
+    )
+    same = call("compare", work, f"again={work}", "--measures", "RR@10", "--resamples", "500")
+    assert "No difference between again and work could be shown: +0.0000 RR@10" in same[1]
+    assert fail(2, "compare", work, work).startswith("Two systems are named 'work'.")
+    assert fail(2, "compare", work).startswith("There is nothing to compare.")
+
+
 def test_verify_finds_a_flipped_byte(call: Call, fail: Fail, work: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(work / "vectors/pair", tmp_path / "vectors"))
     code, output, _ = call("verify", copy)
@@ -786,7 +808,6 @@ def test_verify_names_what_is_no_output(fail: Fail, tmp_path: Path) -> None:
 
 def test_the_demo_says_how_to_go_on(call: Call, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pairdr.pipeline import RunResult
-    from pairdr.table import read_table
 
     asked: list[tuple[Path, tuple[str, ...]]] = []
 

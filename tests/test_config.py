@@ -14,6 +14,7 @@ import pytest
 
 from pairdr.config import (
     ARMS,
+    CompareConfig,
     ExportConfig,
     IndexConfig,
     Options,
@@ -186,7 +187,7 @@ def test_an_unknown_arm_is_refused_with_those_that_exist() -> None:
     [
         ("train", "training"),
         ("encode", "vectors"),
-        *((ExportConfig, "export"), (IndexConfig, "search"), (QueryConfig, "search")),
+        *((ExportConfig, "export"), (IndexConfig, "search"), (QueryConfig, "search"), (CompareConfig, "compare")),
     ],
 )
 def test_every_option_stands_in_its_page(section: Any, page: str) -> None:

@@ -27,13 +27,37 @@ ROOMS = (
     *("batches", "objective", "tuning", "checkpoint", "watch", "loop"),
     *("check", "costs", "encode", "index", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
     *("gate", "export"),
-    *("table", "work", "makers", "steps", "pipeline", "commands", "store_commands", "cli", "__main__", "__init__"),
+    *(
+        "table",
+        "compare",
+        "work",
+        "makers",
+        "steps",
+        "pipeline",
+        "commands",
+        "store_commands",
+        "cli",
+        "__main__",
+        "__init__",
+    ),
 )
 
 # None of these may load torch when it is imported.
 LIGHT = (
     *("errors", "records", "options", "config", "formats", "files", "artefact", "collection", "tokens", "vectors"),
-    *("versions", "lexical", "filters", "search", "measures", "check", "encode", "mine", "evaluate", "index"),
+    *(
+        "versions",
+        "lexical",
+        "filters",
+        "search",
+        "measures",
+        "check",
+        "encode",
+        "mine",
+        "evaluate",
+        "compare",
+        "index",
+    ),
     *("indexes.exact", "indexes.faiss"),
     *("backends", "backends.exported", "backends.onnx", "backends.openvino", "gate"),
 )

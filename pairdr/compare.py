@@ -1,0 +1,296 @@
+"""Did it help? Systems on the same queries: means with intervals, paired tests, and a verdict in plain words.
+
+The unit is the query: a system that was trained with several seeds has, per query, the mean over them, and what the
+seeds say is reported beside. Every system is compared with the first one; p-values are Holm's for so many comparisons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pairdr.artefact import publish
+from pairdr.config import CompareConfig
+from pairdr.errors import DataError, UsageError
+from pairdr.evaluate import PER_QUERY, read_evaluation
+from pairdr.files import write_json
+from pairdr.formats import read_run
+from pairdr.measures import PerQuery, compute_p_value, mean_measures, measure_run
+from pairdr.records import Qrels
+from pairdr.search import WORK_FILE
+from pairdr.table import MAIN
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Values = npt.NDArray[np.float64]
+
+_EQUAL = 1e-9
+
+
+@dataclass(frozen=True)
+class SystemFacts:
+    """One system.
+
+    Attributes:
+        name: of the system.
+        means: of all measures, over queries and seeds.
+        interval: bootstrap interval of the tested measure's mean, over queries.
+        seeds: mean of the tested measure, per seed.
+    """
+
+    name: str
+    means: dict[str, float]
+    interval: tuple[float, float]
+    seeds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One system against the first one.
+
+    Attributes:
+        name: of the system.
+        difference: of the means, this one's minus the first one's.
+        interval: bootstrap interval of that, paired over queries.
+        p_value: two-sided paired randomisation test.
+        p_holm: the same, corrected for the number of comparisons.
+        wins: queries on which this one is better.
+        ties: queries on which they are equal.
+        losses: queries on which the first one is better.
+        detectable: the smallest difference that so many queries show in `power` of all cases.
+        agreeing: pairs of seeds whose difference has the same sign as that of the means.
+        pairs: of seeds.
+        verdict: in words.
+    """
+
+    name: str
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+    p_holm: float
+    wins: int
+    ties: int
+    losses: int
+    detectable: float
+    agreeing: int
+    pairs: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Systems on the same queries; the first one is what the others are compared with."""
+
+    measure: str
+    queries: int
+    systems: tuple[SystemFacts, ...]
+    differences: tuple[Difference, ...]
+
+    def format(self) -> str:
+        """Return the comparison as plain text."""
+        names = list(self.systems[0].means)
+        width = max(8, *(len(system.name) for system in self.systems)) + 2
+        lines = [f"{'':{width}}" + "".join(f"{name:>10}" for name in names) + f"{'95 % interval':>20}"]
+        for system in self.systems:
+            cells = "".join(f"{system.means[name]:10.4f}" for name in names)
+            low, high = system.interval
+            seeds = (
+                ""
+                if len(system.seeds) < 2
+                else f"   {len(system.seeds)} seeds, deviation {_deviation(system.seeds):.4f}"
+            )
+            lines.append(f"{system.name:{width}}{cells}{f'{low:.4f} to {high:.4f}':>20}{seeds}")
+        lines.append("")
+        for found in self.differences:
+            lines.append(found.verdict)
+            counts = f"better on {found.wins} queries, equal on {found.ties}, worse on {found.losses}"
+            seeds = f"; {found.agreeing} of {found.pairs} pairs of seeds agree" if found.pairs > 1 else ""
+            lines.append(f"    {counts}{seeds}")
+        return "\n".join(lines)
+
+
+def compare_values(
+    systems: Mapping[str, Sequence[PerQuery]], config: CompareConfig, output: str | Path | None = None
+) -> Comparison:
+    """Compare systems with the first one, and with `output` publish what was found.
+
+    Args:
+        systems: name to values per query of each seed, by measure.
+        config: measures, of which the first is tested; level, power, resamples.
+        output: a folder for `comparison.json`, `comparison.txt` and `per_query.tsv`.
+
+    Raises:
+        UsageError: fewer than two systems.
+        DataError: systems that were not measured on the same queries.
+    """
+    if len(systems) < 2:
+        raise UsageError("There is nothing to compare.", remedy="Name at least two systems.")
+    measure = config.measures[0]
+    queries = list(next(iter(systems.values()))[0][measure])
+    values = {name: _stack(name, seeds, measure, queries) for name, seeds in systems.items()}  # [S, Q] each
+    facts = tuple(
+        SystemFacts(
+            name,
+            {other: float(np.mean([mean_measures(seed)[other] for seed in seeds])) for other in config.measures},
+            _find_interval(values[name].mean(0), config),
+            tuple(values[name].mean(1).tolist()),
+        )
+        for name, seeds in systems.items()
+    )
+    first, *others = values
+    raw = [_test(values[name].mean(0), values[first].mean(0), config) for name in others]
+    found = tuple(
+        _compare(name, first, values[name], values[first], p, holm, len(others), config)
+        for name, p, holm in zip(others, raw, correct_holm(raw), strict=True)
+    )
+    comparison = Comparison(measure, len(queries), facts, found)
+    if output is not None:
+        with publish(output, "comparison", options=config.as_dict(), inputs={}) as staging:
+            write_json(staging.path / "comparison.json", asdict(comparison))
+            (staging.path / "comparison.txt").write_text(comparison.format() + "\n", encoding="utf-8")
+            rows = zip(queries, *(value.mean(0).tolist() for value in values.values()), strict=True)
+            lines = ["\t".join(["query", *values]), *("\t".join(map(str, row)) for row in rows)]
+            (staging.path / "per_query.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return comparison
+
+
+def read_system(text: str, qrels: Qrels | None, measures: Sequence[str]) -> tuple[str, list[PerQuery]]:
+    """Read what a word of the command line names: `PLACE`, or `NAME=PLACE`, or `NAME=PLACE,PLACE` for several seeds.
+
+    A place is a run (a TREC file, or a folder of `pairdr search`), an evaluation of `pairdr evaluate`, or a work
+    folder, of which PAIR's values in its report are taken.
+
+    Returns:
+        The system's name, and its values per query for each place.
+
+    Raises:
+        UsageError: a run without labels, or measures that an evaluation does not have.
+    """
+    name, equals, places = text.rpartition("=")
+    paths = [Path(place) for place in places.split(",")]
+    return name if equals else paths[0].stem, [_read_values(path, qrels, measures) for path in paths]
+
+
+def _read_values(place: Path, qrels: Qrels | None, measures: Sequence[str]) -> PerQuery:
+    if (place / WORK_FILE).is_file():
+        values: PerQuery = json.loads((place / "report" / f"{MAIN}.json").read_text(encoding="utf-8"))
+    elif (place / PER_QUERY).is_file():
+        values = read_evaluation(place)
+    elif qrels is None:
+        raise UsageError("A run is measured by labels.", path=place, remedy="Name them as --qrels.")
+    else:
+        return measure_run(read_run(place / "run.arrow" if place.is_dir() else place), qrels, measures)
+    missing = [name for name in measures if name not in values]
+    if missing:
+        raise UsageError(
+            f"There is no {missing[0]} here.", path=place, remedy=f"--measures can be: {', '.join(values)}."
+        )
+    return {name: values[name] for name in measures}
+
+
+def correct_holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for as many tests (Holm, 1979), in the order given."""
+    order = np.argsort(p_values)
+    scaled = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return [float(p) for p in corrected]
+
+
+def find_detectable(differences: Values, comparisons: int, level: float, power: float) -> float:
+    """Return the difference of means that so many paired queries show with a given power, by the normal form.
+
+    Args:
+        differences: [Q] per query; their deviation counts, not their mean.
+        comparisons: tests that share the level.
+        level: of the two-sided test.
+        power: share of cases in which the difference is shown.
+    """
+    from scipy.stats import norm
+
+    if len(differences) < 2:
+        return float("inf")
+    quantiles = norm.ppf(1 - level / (2 * comparisons)) + norm.ppf(power)
+    return float(quantiles * differences.std(ddof=1) / np.sqrt(len(differences)))
+
+
+def _compare(
+    name: str,
+    first: str,
+    mine: Values,
+    theirs: Values,
+    p_value: float,
+    p_holm: float,
+    comparisons: int,
+    config: CompareConfig,
+) -> Difference:
+    differences = mine.mean(0) - theirs.mean(0)  # [Q]
+    mean = float(differences.mean())
+    low, high = _find_interval(differences, config)
+    detectable = find_detectable(differences, comparisons, config.level, config.power)
+    between = mine.mean(1)[:, None] - theirs.mean(1)[None]  # [S, S']
+    shown = p_holm < config.level
+    numbers = f"{mean:+.4f} {config.measures[0]}, 95 % interval {low:+.4f} to {high:+.4f}, p {_say(p_holm)}"
+    verdict = f"{name} is {'better' if mean > 0 else 'worse'} than {first}: {numbers}."
+    if not shown:
+        possible = f"{len(differences)} queries would show one of {detectable:.4f} in {config.power:.0%} of all cases."
+        verdict = f"No difference between {name} and {first} could be shown: {numbers}. {possible}"
+    return Difference(
+        name=name,
+        difference=mean,
+        interval=(low, high),
+        p_value=p_value,
+        p_holm=p_holm,
+        wins=int((differences > _EQUAL).sum()),
+        ties=int((np.abs(differences) <= _EQUAL).sum()),
+        losses=int((differences < -_EQUAL).sum()),
+        detectable=detectable,
+        agreeing=int((np.sign(between) == np.sign(mean)).sum()),
+        pairs=between.size,
+        verdict=verdict,
+    )
+
+
+def _stack(name: str, seeds: Sequence[PerQuery], measure: str, queries: Sequence[str]) -> Values:
+    for seed in seeds:
+        if seed[measure].keys() != set(queries):
+            raise DataError(
+                f"{name!r} was measured on other queries than the first system.", remedy="Use the same qrels for all."
+            )
+    return np.array([[seed[measure][query] for query in queries] for seed in seeds], dtype=np.float64)
+
+
+def _test(mine: Values, theirs: Values, config: CompareConfig) -> float:
+    one, other = ({str(at): float(value) for at, value in enumerate(values)} for values in (mine, theirs))
+    return compute_p_value(one, other, resamples=config.resamples, seed=config.compare_seed)
+
+
+def _find_interval(values: Values, config: CompareConfig) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean."""
+    from scipy.stats import bootstrap
+
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=config.resamples,
+        batch=256,
+        method="percentile",
+        rng=np.random.default_rng(config.compare_seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _deviation(seeds: Sequence[float]) -> float:
+    return float(np.std(seeds, ddof=1))
+
+
+def _say(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"

@@ -1,0 +1,150 @@
+"""Comparisons against scipy, against counting by hand, and their words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pairdr.artefact import verify_artefact
+from pairdr.compare import compare_values, correct_holm, find_detectable, read_system
+from pairdr.config import CompareConfig, EvaluateConfig
+from pairdr.errors import DataError, UsageError
+from pairdr.evaluate import evaluate_run
+from pairdr.formats import read_run
+from pairdr.measures import PerQuery
+
+CONFIG = CompareConfig(measures=("RR@10",), resamples=2000)
+
+
+def make(values: np.ndarray) -> PerQuery:
+    return {"RR@10": {f"q{at:03d}": float(value) for at, value in enumerate(values)}}
+
+
+def draw(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).choice([0, 0.1, 0.2, 0.5, 1.0], count)
+
+
+def test_means_intervals_and_counts_are_those_of_the_numbers() -> None:
+    first, second = draw(200, 1), np.clip(draw(200, 1) + 0.1 * (np.arange(200) % 4 == 0), 0, 1)
+    found = compare_values({"start": [make(first)], "pair": [make(second)]}, CONFIG)
+    (difference,) = found.differences
+    gaps = second - first
+    assert difference.difference == pytest.approx(gaps.mean())
+    assert (difference.wins, difference.ties, difference.losses) == ((gaps > 0).sum(), (gaps == 0).sum(), 0)
+    t = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+    assert difference.interval == pytest.approx((t.low, t.high), abs=0.004)
+    mean = stats.ttest_1samp(first, 0).confidence_interval(0.95)
+    assert found.systems[0].interval == pytest.approx((mean.low, mean.high), abs=0.01)
+    assert difference.p_value == difference.p_holm < 0.001
+    assert difference.verdict.startswith("pair is better than start: +0.0")
+    assert "better on" in found.format()
+
+
+def test_the_p_value_is_that_of_a_paired_test() -> None:
+    first, second = draw(60, 1), draw(60, 2)
+    found = compare_values({"a": [make(first)], "b": [make(second)]}, CompareConfig(measures=("RR@10",)))
+    expected = stats.ttest_rel(first, second).pvalue  # nearly that of the randomisation test for so many queries
+    assert found.differences[0].p_value == pytest.approx(expected, abs=0.03)
+
+
+def test_where_nothing_is_shown_it_says_what_would_have_been() -> None:
+    first = draw(100, 3)
+    second = first.copy()
+    second[:2] = second[:2][::-1] + 0.01
+    (found,) = compare_values({"a": [make(first)], "b": [make(second)]}, CONFIG).differences
+    assert found.verdict.startswith("No difference between b and a could be shown")
+    assert f"100 queries would show one of {found.detectable:.4f} in 80% of all cases." in found.verdict
+
+
+def test_equal_systems_have_no_difference() -> None:
+    values = draw(50, 4)
+    (found,) = compare_values({"a": [make(values)], "b": [make(values)]}, CONFIG).differences
+    assert (found.difference, found.interval, found.p_value, found.ties) == (0, (0, 0), 1, 50)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holms_correction_is_that_of_its_definition(p_values: list[float]) -> None:
+    corrected = correct_holm(p_values)
+    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    before = 0.0
+    for rank, at in enumerate(order):
+        before = max(before, min(1.0, (len(p_values) - rank) * p_values[at]))
+        assert corrected[at] == pytest.approx(before)
+    assert all(one >= other for one, other in zip(corrected, p_values, strict=True))
+
+
+def test_the_detectable_difference_is_detected_as_often_as_it_says() -> None:
+    noise = np.random.default_rng(5).normal(0, 0.3, (2000, 80))
+    found = [find_detectable(row, 1, 0.05, 0.8) for row in noise]
+    shown = stats.ttest_1samp(noise + np.mean(found), 0, axis=1).pvalue < 0.05
+    assert shown.mean() == pytest.approx(0.8, abs=0.03)
+    assert find_detectable(noise[0], 5, 0.05, 0.8) > found[0] > find_detectable(noise[0], 1, 0.05, 0.5)
+
+
+def test_several_comparisons_are_corrected_and_each_is_with_the_first() -> None:
+    base = draw(150, 6)
+    systems = {
+        "bm25": [make(base)],
+        "same": [make(base)],
+        "better": [make(np.clip(base + 0.2, 0, 1))],
+        "worse": [make(np.clip(base - 0.2, 0, 1))],
+    }
+    found = compare_values(systems, CONFIG)
+    assert [difference.name for difference in found.differences] == ["same", "better", "worse"]
+    assert [difference.p_holm >= difference.p_value for difference in found.differences] == [True] * 3
+    assert found.differences[1].verdict.startswith("better is better than bm25")
+    assert found.differences[2].verdict.startswith("worse is worse than bm25")
+
+
+def test_seeds_are_averaged_per_query_and_counted() -> None:
+    base = draw(100, 7)
+    ours = [make(np.clip(base + step, 0, 1)) for step in (0.1, 0.2, -0.05)]
+    found = compare_values({"a": [make(base), make(base)], "b": ours}, CONFIG)
+    (difference,) = found.differences
+    assert found.systems[1].seeds == pytest.approx([np.mean(list(seed["RR@10"].values())) for seed in ours])
+    assert difference.difference == pytest.approx(np.mean(found.systems[1].seeds) - base.mean())
+    assert (difference.agreeing, difference.pairs) == (4, 6)
+    assert "3 seeds, deviation" in found.format()
+    assert "4 of 6 pairs of seeds agree" in found.format()
+
+
+def test_what_is_published_is_what_was_found(tmp_path: Path) -> None:
+    found = compare_values({"a": [make(draw(20, 8))], "b": [make(draw(20, 9))]}, CONFIG, tmp_path / "out")
+    verify_artefact(tmp_path / "out")
+    assert (tmp_path / "out" / "comparison.txt").read_text(encoding="utf-8") == found.format() + "\n"
+    kept = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+    assert kept["differences"][0]["verdict"] == found.differences[0].verdict
+    lines = (tmp_path / "out" / "per_query.tsv").read_text(encoding="utf-8").splitlines()
+    assert (lines[0], len(lines)) == ("query\ta\tb", 21)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(UsageError, match="nothing to compare"):
+        compare_values({"a": [make(draw(5, 1))]}, CONFIG)
+    with pytest.raises(DataError, match="'b' was measured on other queries"):
+        compare_values({"a": [make(draw(5, 1))], "b": [make(draw(6, 1))]}, CONFIG)
+
+
+RUN = "q1 Q0 a 1 2.0 x\nq1 Q0 b 2 1.0 x\nq2 Q0 b 1 2.0 x\n"
+
+
+def test_places_of_every_kind_are_read(tmp_path: Path) -> None:
+    (tmp_path / "one.trec").write_text(RUN, encoding="utf-8")
+    (tmp_path / "two.trec").write_text(RUN.replace("q1 Q0 a 1", "q1 Q0 c 1"), encoding="utf-8")
+    qrels = {"q1": {"a": 1}, "q2": {"b": 1}}
+    evaluate_run(read_run(tmp_path / "one.trec"), qrels, EvaluateConfig(), tmp_path / "evaluation")
+    name, (values,) = read_system(str(tmp_path / "one.trec"), qrels, ("RR@10",))
+    assert (name, values) == ("one", {"RR@10": {"q1": 1.0, "q2": 1.0}})
+    name, seeds = read_system(f"both={tmp_path / 'one.trec'},{tmp_path / 'two.trec'}", qrels, ("RR@10",))
+    assert (name, [seed["RR@10"]["q1"] for seed in seeds]) == ("both", [1.0, 0.0])
+    assert read_system(f"kept={tmp_path / 'evaluation'}", None, ("RR@10",)) == ("kept", [values])
+    with pytest.raises(UsageError, match=r"one\.trec: A run is measured by labels\. Name them as --qrels"):
+        read_system(str(tmp_path / "one.trec"), None, ("RR@10",))
+    with pytest.raises(UsageError, match=r"There is no nDCG@3 here\. --measures can be: RR@10, nDCG@10, R@100"):
+        read_system(str(tmp_path / "evaluation"), None, ("nDCG@3",))
