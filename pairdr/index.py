@@ -19,7 +19,7 @@ from pairdr.progress import show_progress
 from pairdr.vectors import VectorStore
 
 FEW = 20_000
-"""Vectors up to which auto is flat: exact search of so few takes a few milliseconds."""
+"""Vectors up to which auto is flat: exact search of so few is quick, and an index has little to save."""
 _LINKS = 32  # per node of a graph
 _WIDTH = 80  # of the queue in which a graph's neighbours are looked for while it is built
 _PER_LIST = 64  # training vectors
