@@ -264,7 +264,7 @@ def verify_artefact(folder: str | Path) -> Manifest:
             raise ArtefactError(
                 f"{name} is not the file that was written: its sha256 differs.",
                 path=folder,
-                remedy="Delete the folder and run its stage again.",
+                remedy=_AGAIN,
             )
     return manifest
 

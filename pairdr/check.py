@@ -93,9 +93,10 @@ def _count_texts(collection: Collection, report: CheckReport) -> None:
         "empty passages": empty,
         "passages with the text of another": copies,
     }
+    choice = collection.config.on_duplicate
     for kind, ids in collection.duplicates.items():
-        if ids and collection.settled:
-            report.warnings.append(f"{len(ids)} {kind} ids occur twice: the {collection.config.on_duplicate} is taken")
+        if ids and choice != "error":
+            report.warnings.append(f"{len(ids)} {kind} ids occur twice: the {choice} is taken")
     for count, what in ((empty, "passages are empty"), (copies, "passages have the same text as another")):
         if count:
             report.warnings.append(f"{count} {what}")

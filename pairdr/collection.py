@@ -106,7 +106,6 @@ class Collection:
         fingerprint: hash of the content and of the options that decide splits and pool.
         passages_fingerprint: hash of the corpus alone.
         duplicates: "passage" and "query" to the ids that occur twice.
-        settled: whether the options say which of these is taken.
         hidden: labels taken from training queries by `hide_labels`; used only to measure.
         held_out: passages that no training query may have as a candidate.
         removed: reason to number of queries kept out of training and pool.
@@ -123,7 +122,6 @@ class Collection:
         self.fingerprint = hash_json([manifest.fingerprint, kept])
         self.passages_fingerprint = manifest.files["passages.arrow"]["sha256"]
         self.duplicates: dict[str, list[str]] = manifest.facts["duplicates"]
-        self.settled = config.on_duplicate != "error"
         given = {split: read_qrels(folder / "qrels" / f"{split}.tsv") for split in manifest.facts["splits"]}
         self.given_splits = tuple(given)
         self._qrels = {split: qrels for split, qrels in given.items() if split in SPLITS}
@@ -261,7 +259,7 @@ def find_problems(collection: Collection) -> Iterator[str]:
     if not len(collection.passages):
         yield "corpus.jsonl has no passage"
     for kind, ids in collection.duplicates.items():
-        if ids and not collection.settled:
+        if ids and collection.config.on_duplicate == "error":
             yield f"{len(ids)} {kind} ids occur twice, such as {ids[0]!r}"
     for split in collection.given_splits:
         for column, file in (("query", "queries"), ("passage", "corpus")):

@@ -109,7 +109,7 @@ def check(
     from pairdr.collection import open_collection
 
     report = check_collection(open_collection(data, data_options, strict=False), model, output)
-    print_text("\n".join(f"{name:44}{value}" for name, value in report.facts.items()))
+    print_facts(report.facts)
     print_text(
         "\n".join([*(f"warning: {text}" for text in report.warnings), *(f"error: {text}" for text in report.errors)])
         or "sound"

@@ -23,7 +23,7 @@ from pairdr.formats import read_run
 from pairdr.measures import PerQuery, compute_p_value, mean_measures, measure_run
 from pairdr.records import Qrels
 from pairdr.search import WORK_FILE
-from pairdr.table import MAIN
+from pairdr.table import MAIN, say_p
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -236,7 +236,7 @@ def _compare(
     detectable = find_detectable(differences, comparisons, config.level, config.power)
     between = mine.mean(1)[:, None] - theirs.mean(1)[None]  # [S, S']
     shown = p_holm < config.level
-    numbers = f"{mean:+.4f} {config.measures[0]}, 95 % interval {low:+.4f} to {high:+.4f}, p {_say(p_holm)}"
+    numbers = f"{mean:+.4f} {config.measures[0]}, 95 % interval {low:+.4f} to {high:+.4f}, {say_p(p_holm)}"
     verdict = f"{name} is {'better' if mean > 0 else 'worse'} than {first}: {numbers}."
     if not shown:
         possible = f"{len(differences)} queries would show one of {detectable:.4f} in {config.power:.0%} of all cases."
@@ -290,7 +290,3 @@ def _find_interval(values: Values, config: CompareConfig) -> tuple[float, float]
 
 def _deviation(seeds: Sequence[float]) -> float:
     return float(np.std(seeds, ddof=1))
-
-
-def _say(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"

@@ -59,7 +59,7 @@ class Table:
             f"p: two-sided paired randomisation test of {names[0]}, PAIR against the row."
         )
         if self.p_fused_bm25 is not None:
-            lines.append(f"PAIR + BM25 against BM25: {_say(self.p_fused_bm25)}.")
+            lines.append(f"PAIR + BM25 against BM25: {say_p(self.p_fused_bm25)}.")
         return "\n".join([*lines, *self.notes])
 
 
@@ -132,7 +132,7 @@ def describe_labels(examples: Mapping[str, Any], teacher: Mapping[str, Any]) -> 
     found, hidden = examples["calibration"], examples["hidden"]
     lines = [
         f"Teacher: {chosen['name']}; re-ranking for {teacher['dev_queries']} dev queries it has RR@10 "
-        f"{chosen['rr10']:.4f}, the student {student['rr10']:.4f}, {_say(chosen['p_value'])}.",
+        f"{chosen['rr10']:.4f}, the student {student['rr10']:.4f}, {say_p(chosen['p_value'])}.",
         f"Rows: {examples['labelled']} labelled, {examples['pseudo']} pseudo-labelled of a pool of {examples['pool']}.",
     ]
     if found["precision"] is not None:
@@ -164,7 +164,8 @@ def _write_values(path: Path, values: PerQuery) -> None:
     path.write_text(json.dumps(values), encoding="utf-8")
 
 
-def _say(value: float) -> str:
+def say_p(value: float) -> str:
+    """Return a p-value as people write it."""
     return f"p {_p(value)}" if value < 0.001 else f"p = {_p(value)}"
 
 

@@ -77,9 +77,7 @@ class StoreWriter:
         return next(name for name in names if name not in listed)
 
     def find_shard(self, name: str) -> bool:
-        """Return whether a shard is there whole, from this version or from a call that was killed; note its files."""
-        if f"shards/{name}.npy" in self._entries:
-            return True
+        """Return whether a shard is there whole, from a call that was killed; note its files."""
         marker = self.folder / "shards" / f"{name}.done"
         try:
             entries = json.loads(marker.read_text(encoding="utf-8"))
