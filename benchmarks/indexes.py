@@ -80,10 +80,10 @@ def _compare_efforts(
     folder: Path,
 ) -> list[Point]:
     from pairdr.artefact import read_manifest
-    from pairdr.config import IndexConfig
     from pairdr.errors import RefusedError
     from pairdr.index import build_index
     from pairdr.indexes.faiss import INDEX_FILE, Effort
+    from pairdr.store_config import IndexConfig
 
     begin = time.perf_counter()
     try:

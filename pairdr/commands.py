@@ -1,4 +1,4 @@
-"""What each command does. Each imports only what it needs; its options come from config.py."""
+"""What each command does. Each imports only what it needs; options come from config.py and store_config.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from pairdr.config import (
     MineConfig,
     ModelConfig,
     OnDuplicate,
-    QueryConfig,
     RunConfig,
     SearchConfig,
     TeachConfig,
@@ -28,6 +27,7 @@ from pairdr.config import (
 )
 from pairdr.errors import UsageError
 from pairdr.progress import print_facts, print_text, quiet_libraries
+from pairdr.store_config import QueryConfig
 
 if TYPE_CHECKING:
     from pairdr.collection import Collection

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pairdr.artefact import publish
-from pairdr.config import CompareConfig
 from pairdr.errors import DataError, UsageError
 from pairdr.evaluate import PER_QUERY, read_evaluation
 from pairdr.files import write_json
@@ -23,6 +22,7 @@ from pairdr.formats import read_run
 from pairdr.measures import PerQuery, compute_p_value, mean_measures, measure_run
 from pairdr.records import Qrels
 from pairdr.search import WORK_FILE
+from pairdr.store_config import CompareConfig
 from pairdr.table import MAIN, say_p
 
 if TYPE_CHECKING:

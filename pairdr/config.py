@@ -1,7 +1,8 @@
-"""Every option of every stage: its name, default, unit, range and help. Nothing else defines an option.
+"""Every option of every stage: its name, default, unit, range and help.
 
 A stage's options are one frozen dataclass. The commands, the TOML files and the Python functions all read these
 classes, so an option is spelled the same everywhere. `RunConfig` holds one of each and is what a recipe file fills.
+What is done with finished models and vectors has its options in store_config.py.
 """
 
 from __future__ import annotations
@@ -267,44 +268,6 @@ class SearchConfig(Options):
     passage_block: int = option(16384, "Passages per block.", low=1)
 
 
-Mode = Literal["auto", "dense", "bm25", "hybrid"]
-
-
-@dataclass(frozen=True)
-class QueryConfig(Options):
-    """How a question is answered."""
-
-    mode: Mode = option("auto", "auto: what won on dev, or hybrid where there is BM25, else dense.")
-    fusion: Literal["auto", "weighted", "rrf"] = option(
-        "auto", "Of hybrid; auto: weighted where dev has chosen weights, else reciprocal ranks (rrf)."
-    )
-    depth: int = option(100, "Passages of each system that hybrid fuses.", low=1)
-    rerank: int | None = option(
-        None, "Best passages that the reranker puts into a new order; unset: 50 where there is a reranker.", low=0
-    )
-    where: tuple[str, ...] = option((), "FIELD=VALUE of the metadata that passages must have; may be repeated.")
-    fold: bool = option(False, "Show passages with the same words once.")
-
-
-@dataclass(frozen=True)
-class IndexConfig(Options):
-    """Vectors to an index; see docs/search.md for what is chosen where nothing is said."""
-
-    index_kind: Literal["auto", "flat", "ivf", "hnsw"] = option(
-        "auto", "flat is exact search; auto: flat for a small corpus, else ivf."
-    )
-    quantiser: Literal["auto", "sq8", "pq"] = option("auto", "auto: sq8, or pq where that needs too much memory.")
-    wanted_recall: float = option(0.95, "Share of the exact results that has to be found.", low=0.1, high=1)
-    recall_depth: int = option(100, "Results per query of which that share is meant.", low=1)
-    memory_limit: int | None = option(None, "Most MiB of the index; unset: half of the machine's memory.", low=1)
-    tuning_queries: int = option(256, "Most queries that the index is tuned and judged by.", low=10)
-    rebuild_share: float = option(
-        0.2, "Share of new and deleted vectors from which the index should be built anew.", low=0, high=1
-    )
-    index_threads: int | None = option(None, "Threads; unset: all. A graph (hnsw) is always built by one.", low=1)
-    index_seed: int = option(13, "Seed of the vectors that the index is trained on and judged by.", low=0)
-
-
 @dataclass(frozen=True)
 class EvaluateConfig(Options):
     """Measures and tests."""
@@ -312,42 +275,6 @@ class EvaluateConfig(Options):
     measures: tuple[str, ...] = option(("RR@10", "nDCG@10", "R@100"), "Measures by the names of ir_measures.")
     resamples: int = option(10000, "Resamples of the paired randomisation test.", low=100)
     test_seed: int = option(13, "Seed of the test.", low=0)
-
-
-@dataclass(frozen=True)
-class CompareConfig(Options):
-    """Systems on the same queries: intervals, tests, a verdict."""
-
-    measures: tuple[str, ...] = option(("RR@10", "nDCG@10", "R@100"), "Measures; the first one is tested.")
-    level: float = option(
-        0.05, "A difference is shown below this p-value, after Holm's correction.", low=1e-6, high=0.5
-    )
-    power: float = option(0.8, "Share of cases in which the detectable difference would be shown.", low=0.5, high=0.999)
-    resamples: int = option(10000, "Resamples of tests and intervals.", low=100)
-    compare_seed: int = option(13, "Seed of these.", low=0)
-
-
-Target = Literal["onnx", "openvino", "openvino-int8"]
-"""What runs an exported model, and in which precision."""
-
-
-@dataclass(frozen=True)
-class ExportConfig(Options):
-    """A model as another library runs it, and the gate that an export has to pass."""
-
-    allowed_loss: float = option(
-        0.005,
-        "Most nDCG@10 that an export may lose on dev against the model, absolute; else nothing is written.",
-        low=0,
-    )
-    export_queries: int = option(1000, "Most dev queries that judge an export.", low=1)
-    export_passages: int = option(
-        5000, "Passages that these are searched in: their positives, and others drawn at random.", low=1
-    )
-    calibration_texts: int = option(
-        300, "int8: passages and training queries that set the ranges of activations.", low=2
-    )
-    export_seed: int = option(13, "Seed of these samples and of the confidence interval.", low=0)
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ from pairdr.backends.exported import TOKENIZER, ExportedEncoder, find_graph, fin
 from pairdr.backends.openvino import import_openvino, open_core
 from pairdr.backends.texts import pad_tokens
 from pairdr.collection import Collection
-from pairdr.config import ExportConfig, Target
 from pairdr.encoder import DualEncoder
 from pairdr.errors import MissingExtraError, RefusedError, UsageError
 from pairdr.gate import Sample, draw_sample, judge_export, make_sample, refuse_loss
 from pairdr.progress import say
+from pairdr.store_config import ExportConfig, Target
 from pairdr.tokens import Tokens
 
 _NEEDED = {

@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from pairdr.backends import Encoder
 from pairdr.collection import Collection
-from pairdr.config import ExportConfig
 from pairdr.errors import DataError, RefusedError
 from pairdr.indexes.exact import search_exact
 from pairdr.measures import measure_run
 from pairdr.records import Passage, Qrels, Query, Run, positives_of
+from pairdr.store_config import ExportConfig
 
 LEAST_COSINE = {"fp32": 0.9999, "int8": 0.95}
 """Below it an export is broken, whatever the questions say: least over all texts in fp32, mean in int8."""

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from pairdr.artefact import publish
-from pairdr.config import IndexConfig
 from pairdr.errors import RefusedError
 from pairdr.indexes.exact import Rows, Scores, search_exact
 from pairdr.indexes.faiss import BLOCK, INDEX_FILE, Effort, FaissIndex, load_faiss, use_blas, use_threads
 from pairdr.progress import show_progress
+from pairdr.store_config import IndexConfig
 from pairdr.vectors import VectorStore
 
 FEW = 20_000

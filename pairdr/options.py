@@ -1,4 +1,4 @@
-"""What an option is: a field with a default, a help text and a range. config.py defines all of them."""
+"""What an option is: a field with a default, a help text and a range. config.py and store_config.py define them all."""
 
 from __future__ import annotations
 

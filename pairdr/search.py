@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pairdr.artefact import MANIFEST, publish
 from pairdr.collection import normalise_text
-from pairdr.config import ModelConfig, QueryConfig, SearchConfig
+from pairdr.config import ModelConfig, SearchConfig
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.filters import match_rows, parse_filters
 from pairdr.formats import write_run, write_trec_run
@@ -18,6 +18,7 @@ from pairdr.fusion import fuse_ranks, fuse_runs, sort_hits
 from pairdr.indexes.exact import Allowed, search_exact
 from pairdr.progress import say, show_progress
 from pairdr.records import Passage, Query, Run, Scored, split_blocks
+from pairdr.store_config import QueryConfig
 from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:

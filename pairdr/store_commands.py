@@ -11,19 +11,10 @@ from cyclopts import Parameter, validators
 
 from pairdr.artefact import MANIFEST, read_manifest, verify_artefact
 from pairdr.commands import FLAT, ON_DUPLICATE, OUTPUT
-from pairdr.config import (
-    CompareConfig,
-    DataConfig,
-    EncodeConfig,
-    ExportConfig,
-    IndexConfig,
-    LexicalConfig,
-    ModelConfig,
-    OnDuplicate,
-    Target,
-)
+from pairdr.config import DataConfig, EncodeConfig, LexicalConfig, ModelConfig, OnDuplicate
 from pairdr.errors import DataError, UsageError
 from pairdr.progress import print_facts, print_text, quiet_libraries
+from pairdr.store_config import CompareConfig, ExportConfig, IndexConfig, Target
 
 if TYPE_CHECKING:
     from pairdr.indexes.exact import Scores

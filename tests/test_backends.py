@@ -21,13 +21,14 @@ from pairdr.backends import is_exported, load_encoder, open_encoder
 from pairdr.backends import openvino as openvino_module
 from pairdr.backends.exported import ExportedEncoder
 from pairdr.collection import open_collection
-from pairdr.config import EncodeConfig, ExportConfig, ModelConfig
+from pairdr.config import EncodeConfig, ModelConfig
 from pairdr.encode import encode_corpus
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, MissingExtraError, UsageError
 from pairdr.export import export_model
 from pairdr.files import hash_json
 from pairdr.records import Passage
+from pairdr.store_config import ExportConfig
 
 LONG = "the river runs through the town and the market is held on the square near the old bridge " * 40
 QUERIES = ["which river runs through Ashford", "market", "", "Zürich 東京 🙂", LONG]

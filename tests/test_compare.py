@@ -13,11 +13,12 @@ from scipy import stats
 
 from pairdr.artefact import verify_artefact
 from pairdr.compare import compare_values, correct_holm, find_detectable, read_system
-from pairdr.config import CompareConfig, EvaluateConfig
+from pairdr.config import EvaluateConfig
 from pairdr.errors import DataError, UsageError
 from pairdr.evaluate import evaluate_run
 from pairdr.formats import read_run
 from pairdr.measures import PerQuery
+from pairdr.store_config import CompareConfig
 
 CONFIG = CompareConfig(measures=("RR@10",), resamples=2000)
 

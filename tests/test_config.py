@@ -12,19 +12,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from pairdr.config import (
-    ARMS,
-    CompareConfig,
-    ExportConfig,
-    IndexConfig,
-    Options,
-    QueryConfig,
-    RunConfig,
-    TrainConfig,
-    change_options,
-    list_stages,
-)
+from pairdr.config import ARMS, Options, RunConfig, TrainConfig, change_options, list_stages
 from pairdr.errors import UsageError
+from pairdr.store_config import CompareConfig, ExportConfig, IndexConfig, QueryConfig
 
 TESTS = Path(__file__).resolve().parent
 SECTIONS = {name: value for name, value in vars(RunConfig()).items() if isinstance(value, Options)}

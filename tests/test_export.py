@@ -21,12 +21,13 @@ from pairdr.backends import open_encoder
 from pairdr.backends.texts import pad_tokens
 from pairdr.cli import main
 from pairdr.collection import Collection, open_collection
-from pairdr.config import ExportConfig, ModelConfig
+from pairdr.config import ModelConfig
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, DataError, MissingExtraError, RefusedError, UsageError
 from pairdr.export import export_model
 from pairdr.gate import draw_sample, judge_export, make_sample, refuse_loss
 from pairdr.records import Passage, positives_of
+from pairdr.store_config import ExportConfig
 
 SMALL = ExportConfig(export_queries=30, export_passages=80, calibration_texts=20)
 

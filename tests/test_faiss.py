@@ -18,13 +18,14 @@ from pairdr import index as index_stage
 from pairdr import vectors
 from pairdr.artefact import read_manifest
 from pairdr.cli import main
-from pairdr.config import EncodeConfig, IndexConfig
+from pairdr.config import EncodeConfig
 from pairdr.encode import encode_corpus, upsert_passages
 from pairdr.errors import ArtefactError, MissingExtraError, RefusedError, UsageError
 from pairdr.index import build_index, plan_index
 from pairdr.indexes import faiss as faiss_index
 from pairdr.indexes.exact import search_exact
 from pairdr.indexes.faiss import INDEX_FILE, Effort, FaissIndex, load_faiss, use_threads
+from pairdr.store_config import IndexConfig
 from pairdr.vectors import VectorStore
 from pairdr.versions import compact_store, delete_passages
 

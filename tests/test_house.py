@@ -19,7 +19,8 @@ PACKAGE = ROOT / "pairdr"
 
 # A module imports only from rooms named before its own. A folder is one room: its files may share a contract.
 ROOMS = (
-    *("errors", "records", "rows", "options", "config", "formats", "files", "artefact", "progress", "ids"),
+    *("errors", "records", "rows", "options", "config", "store_config"),
+    *("formats", "files", "artefact", "progress", "ids"),
     *("collection", "sources"),
     *("measures", "fusion"),
     *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
@@ -44,7 +45,8 @@ ROOMS = (
 
 # None of these may load torch when it is imported.
 LIGHT = (
-    *("errors", "records", "options", "config", "formats", "files", "artefact", "collection", "tokens", "vectors"),
+    *("errors", "records", "options", "config", "store_config"),
+    *("formats", "files", "artefact", "collection", "tokens", "vectors"),
     *(
         "versions",
         "lexical",

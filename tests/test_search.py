@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pairdr.artefact import verify_artefact
 from pairdr.collection import Collection, open_collection
-from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig, QueryConfig, SearchConfig
+from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig, SearchConfig
 from pairdr.encode import encode_corpus
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, UsageError
@@ -23,6 +23,7 @@ from pairdr.fusion import cross_fit, fuse_runs, list_weights, standardise, tune_
 from pairdr.lexical import LexicalIndex, Tokenizer, index_words
 from pairdr.records import Query, Run
 from pairdr.search import Searcher, rank_dense, rank_words, write_search
+from pairdr.store_config import QueryConfig
 
 
 def sort_by_hand(scores: np.ndarray, id_rank: np.ndarray, k: int) -> list[int]:

@@ -13,7 +13,7 @@ from storing import SMALL, WordEncoder
 
 from pairdr.backends import load_encoder
 from pairdr.collection import open_collection
-from pairdr.config import EncodeConfig, IndexConfig, LexicalConfig, ModelConfig
+from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig
 from pairdr.encode import encode_corpus, upsert_passages, verify_vectors
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.index import build_index
@@ -21,6 +21,7 @@ from pairdr.indexes.faiss import FaissIndex
 from pairdr.lexical import index_words
 from pairdr.records import Passage, Query
 from pairdr.search import Hit, Searcher
+from pairdr.store_config import IndexConfig
 from pairdr.vectors import VectorStore
 from pairdr.versions import compact_store, delete_passages
 

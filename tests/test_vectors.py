@@ -19,7 +19,7 @@ from storing import SIZE, SMALL, WordEncoder, make_texts, read_texts, to_passage
 from pairdr import versions
 from pairdr.artefact import MANIFEST, read_manifest, verify_artefact
 from pairdr.cli import main
-from pairdr.config import EncodeConfig, IndexConfig, LexicalConfig, SearchConfig
+from pairdr.config import EncodeConfig, LexicalConfig, SearchConfig
 from pairdr.encode import encode_corpus, upsert_passages
 from pairdr.errors import ArtefactError, PairdrError, UsageError
 from pairdr.files import hash_file
@@ -29,6 +29,7 @@ from pairdr.indexes.faiss import FaissIndex
 from pairdr.lexical import index_words
 from pairdr.records import Passage, Query
 from pairdr.search import rank_dense
+from pairdr.store_config import IndexConfig
 from pairdr.vectors import VectorStore, to_float32, to_stored
 from pairdr.versions import compact_store, delete_passages, verify_store, write_store
 
