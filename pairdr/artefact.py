@@ -1,8 +1,8 @@
 """Output folders: written beside, hashed, made durable, renamed. Whole or absent.
 
 An artefact is a folder with `manifest.json`, which names its kind, the options and inputs it was made from, and the
-sha256 and size of every file in it. Its *fingerprint* is a hash of the files' hashes: two artefacts with the same
-content have the same fingerprint, whatever the time and the place they were made at.
+sha256 and size of every file in it but a README.md. Its *fingerprint* is a hash of the files' hashes: two artefacts
+with the same content have the same fingerprint, whatever the time and the place they were made at.
 
 This module knows nothing of what the files mean.
 """
@@ -33,6 +33,8 @@ from pairdr.files import (
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+UNSEALED = "README.md"
+"""A file for people, who may edit it: the manifest does not name it."""
 T = TypeVar("T")
 _AGAIN = "Delete the folder and run its stage again."
 _LOOKS = 50  # at a place where a folder is about to be put, 10 ms apart
@@ -292,7 +294,7 @@ def _seal(staging: Path, kind: str, options: dict[str, Any], inputs: dict[str, s
     from pairdr import __version__
 
     files = {}
-    for path in sorted(p for p in staging.rglob("*") if p.is_file() and p != staging / MANIFEST):
+    for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.name not in (MANIFEST, UNSEALED)):
         with path.open("rb+") as stream:
             os.fsync(stream.fileno())
         files[path.relative_to(staging).as_posix()] = describe_file(path)

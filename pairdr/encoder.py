@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from pairdr.artefact import MANIFEST, publish, read_manifest
+from pairdr.artefact import MANIFEST, UNSEALED, publish, read_manifest
 from pairdr.config import ModelConfig
-from pairdr.errors import ArtefactError
+from pairdr.errors import ArtefactError, UsageError
 from pairdr.files import hash_json
 from pairdr.records import Passage
 from pairdr.sources.minilm import find_minilm
@@ -103,7 +103,8 @@ class DualEncoder:
         facts = facts or {}
         with publish(folder, "model", options=options, inputs=inputs) as staging:
             self.model.save(str(staging.path), create_model_card=False)
-            (staging.path / "README.md").write_text(_describe(self.contract), encoding="utf-8")
+            card = "# A dense passage retriever\n\n" + describe_use(self.contract) + "\n"
+            (staging.path / UNSEALED).write_text(card, encoding="utf-8")
             for name, text in (files or {}).items():
                 (staging.path / name).write_text(text, encoding="utf-8")
             staging.facts |= facts | {
@@ -223,6 +224,33 @@ class DualEncoder:
         return [Tokens(*pair) for pair in zip(coded["input_ids"], types, strict=True)]
 
 
+def push_model(folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """Upload a saved model's folder, card and manifest among it, to the Hugging Face hub, and return its address.
+
+    Raises:
+        ArtefactError: no model there.
+        UsageError: the hub refused it, or cannot be reached.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    encoder = DualEncoder.open(folder, device="cpu")
+    try:
+        return encoder.model.push_to_hub(
+            repository,
+            private=private or None,
+            local_model_path=str(folder),
+            exist_ok=True,
+            commit_message="A model of pairdr",
+        )
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"The hub did not take the model: {reason}.",
+            path=repository,
+            remedy="Check the name, HF_TOKEN and its right to write, and the connection.",
+        ) from error
+
+
 def _strip_padding(tokenizer: str) -> str:
     """Return a tokenizer's JSON without the lengths that a call leaves in it."""
     return json.dumps(
@@ -230,17 +258,28 @@ def _strip_padding(tokenizer: str) -> str:
     )
 
 
-def _describe(contract: Contract) -> str:
-    lines = [f"- {key.replace('_', ' ')}: {value!r}" for key, value in asdict(contract).items()]
-    note = (
-        "\nTitles are a segment of their own: give sentence-transformers (title, text) pairs; a joined string gives "
-        "other vectors.\n"
-        if contract.title == "segment"
-        else ""
-    )
-    return (
-        "# A dense passage retriever\n\nOpen it with sentence-transformers: `encode_query`, `encode_document`.\n\n"
-        + "\n".join(lines)
-        + "\n"
-        + note
-    )
+def describe_use(contract: Contract) -> str:
+    """Return how a model is used, and its contract, as Markdown."""
+    lines = [
+        "## Use",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("path/to/this/folder")',
+        'queries = model.encode_query(["how do I parse a date?"])',
+        'passages = model.encode_document(["datetime.strptime parses a date from a string"])',
+        "print(model.similarity(queries, passages))",
+        "```",
+        "",
+        "| contract | value |",
+        "|---|---|",
+        *(f"| {key.replace('_', ' ')} | {json.dumps(value)} |" for key, value in asdict(contract).items()),
+    ]
+    if contract.title == "segment":
+        lines += [
+            "",
+            "Titles are a segment of their own: give sentence-transformers (title, text) pairs; a joined string gives "
+            "other vectors.",
+        ]
+    return "\n".join(lines)

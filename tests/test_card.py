@@ -1,0 +1,222 @@
+"""The model card: what stands in it, that it may be edited, and that a model reaches a hub with it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import yaml
+
+from pairdr.artefact import read_manifest, verify_artefact
+from pairdr.card import read_measured, write_card
+from pairdr.collection import open_collection
+from pairdr.config import DataConfig, EvaluateConfig, MineConfig, ModelConfig, RunConfig, TeachConfig, TrainConfig
+from pairdr.encoder import DualEncoder
+from pairdr.pipeline import RunResult, run_pipeline
+from pairdr.table import TITLES, read_values
+
+if TYPE_CHECKING:
+    from conftest import Parts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, toy: Path, tiny_model: Path) -> RunResult:
+    """Return a run of two arms on the toy data."""
+    config = RunConfig(
+        data=DataConfig(licence="CC0-1.0"),
+        model=ModelConfig(start=str(tiny_model)),
+        mine=MineConfig(depth=40, relative_margin=None),
+        teach=TeachConfig(rerank_depth=40),
+        train=TrainConfig(max_steps=2, per_device_train_batch_size=8, eval_passages=20, eval_queries=5),
+        evaluate=EvaluateConfig(resamples=200),
+        arms=("labelled_only", "pair"),
+    )
+    return run_pipeline(toy, tmp_path_factory.mktemp("finished") / "work", config)
+
+
+def read_card(work: Path, model: str) -> tuple[dict[str, Any], str]:
+    """Return the header and the text of a card."""
+    text = (work / "models" / model / "README.md").read_text(encoding="utf-8")
+    _, header, body = text.split("---\n", 2)
+    return yaml.safe_load(header), body
+
+
+def test_a_card_names_data_stages_and_measures_with_intervals(finished: RunResult, toy: Path) -> None:
+    header, body = read_card(finished.work, "pair")
+    assert header["library_name"] == "sentence-transformers"
+    assert "dense-retrieval" in header["tags"]
+    assert "base_model" not in header  # a folder of this machine is nobody else's base
+    assert f"`{toy.name}`" in body
+    assert str(toy.parent) not in body
+    assert "Licence of the data: CC0-1.0." in body
+    assert "1. pair: (1 - 0.1) L_Q + 0.1 L_P, on the pseudo and labelled rows" in body
+    assert "2. query-centric: L_Q, on the pseudo and labelled rows" in body
+    assert read_manifest(finished.work / "models" / "pair").facts["weights_sha256"] in body
+    for row in finished.table.rows:
+        line = next(line for line in body.splitlines() if line.startswith("|") and TITLES[row.system] in line)
+        assert all(f"{value:.4f} (" in line for value in row.means.values())
+    assert f"**{TITLES['pair']}** (this model)" in body
+    assert all(f"- {note}" in body for note in finished.table.notes)
+    assert f"**{TITLES['labelled_only']}** (this model)" in read_card(finished.work, "labelled_only")[1]
+
+
+def test_intervals_are_those_of_the_values_per_query(finished: RunResult) -> None:
+    report, config = finished.work / "report", EvaluateConfig(resamples=400)
+    measured = read_measured(report, "pair", config)
+    for system, intervals in measured.intervals.items():
+        for name, (low, high) in intervals.items():
+            values = np.array(list(read_values(report, system)[name].values()))
+            spread = values.std(ddof=1) / np.sqrt(len(values))
+            assert low <= values.mean() <= high
+            assert (low, high) == pytest.approx(values.mean() + np.array([-1.96, 1.96]) * spread, abs=0.5 * spread)
+
+
+def test_a_card_may_be_edited(finished: RunResult, toy: Path) -> None:
+    folder = finished.work / "models" / "pair"
+    before, text = read_manifest(folder).fingerprint, (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text("mine", encoding="utf-8")
+    assert verify_artefact(folder).fingerprint == before
+    (folder / "README.md").unlink()
+    assert verify_artefact(folder).fingerprint == before
+    DualEncoder.open(folder, device="cpu")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def test_a_model_that_nobody_measured_says_so(finished: RunResult, toy: Path) -> None:
+    models = finished.work / "models"
+    text = (models / "pair" / "README.md").read_text(encoding="utf-8")
+    write_card(models / "pair", models / "start", open_collection(toy))
+    bare = (models / "pair" / "README.md").read_text(encoding="utf-8")
+    assert "Not measured yet" in bare
+    assert "Licence of the data: not given" in bare
+    (models / "pair" / "README.md").write_text(text, encoding="utf-8")
+
+
+def test_the_licence_of_the_data_changes_nothing_that_is_made(toy: Path) -> None:
+    one, other = (open_collection(toy, DataConfig(licence=licence)) for licence in (None, "CC0-1.0"))
+    assert one.fingerprint == other.fingerprint
+
+
+def test_a_start_from_the_hub_is_named(toy_parts: Parts, tmp_path: Path) -> None:
+    encoder = DualEncoder.open(toy_parts.start, device="cpu")
+    options = {"start": "some/model"}
+    encoder.save(tmp_path / "start", options=options, inputs={})
+    last = {"step": 1, "loss": 0.5}
+    facts = {"stages": [{"name": "query_centric", "alpha": 0.0, "sources": ["plain"]}], "examples": 3, "summary": last}
+    encoder.save(tmp_path / "models" / "mine", options=options, inputs={}, facts=facts)
+    write_card(tmp_path / "models" / "mine", tmp_path / "start", toy_parts.collection)
+    header, _ = read_card(tmp_path, "mine")
+    assert header["base_model"] == "some/model"
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub's interface as an upload needs, on this machine."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Desk)
+        self.files: dict[str, bytes] = {}
+        self.made: list[dict[str, Any]] = []
+        self.refuses = False
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Desk(BaseHTTPRequestHandler):
+    """Answers one request."""
+
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        """Be quiet."""
+
+    def do_GET(self) -> None:
+        self.answer({}, 404)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.refuses or self.headers.get("Authorization") != "Bearer hf_test":
+            self.answer({"error": "Invalid credentials"}, 401)
+        elif self.path == "/api/repos/create":
+            self.server.made.append(json.loads(body))
+            self.answer({"url": f"{self.server.address}/me/mine"})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif self.path == "/api/models/me/mine/preupload/main":
+            paths = [entry["path"] for entry in json.loads(body)["files"]]
+            self.answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+        elif self.path == "/api/models/me/mine/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{self.server.address}/me/mine/commit/1", "commitOid": "1"})
+        else:
+            self.answer({"error": self.path}, 404)
+
+    def answer(self, content: dict[str, Any], code: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def push(hub: Hub, model: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
+    command = [sys.executable, "-m", "pairdr", "push", str(model), "me/mine", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_model_is_uploaded_with_its_card(hub: Hub, finished: RunResult) -> None:
+    model = finished.work / "models" / "pair"
+    outcome = push(hub, model, "--private")
+    assert outcome.returncode == 0, outcome.stderr
+    assert hub.made[0]["name"] == "mine"
+    assert hub.made[0]["visibility"] == "private"
+    sent = {path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    assert hub.files == sent
+
+
+def test_a_hub_that_refuses_is_named_in_one_sentence(hub: Hub, finished: RunResult) -> None:
+    hub.refuses = True
+    outcome = push(hub, finished.work / "models" / "pair")
+    assert outcome.returncode == 2
+    assert "The hub did not take the model" in outcome.stderr
+    assert "HF_TOKEN" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert hub.files == {}
+
+
+def test_what_is_no_model_is_not_uploaded(hub: Hub, finished: RunResult) -> None:
+    outcome = push(hub, finished.work / "report")
+    assert outcome.returncode == 1
+    assert "'report'" in outcome.stderr
+    assert hub.made == []
