@@ -1,1 +1,1 @@
-"""Where data comes from: data sets and start models that need no download of their own."""
+"""Where data comes from: the documentation data set, the packaged start model, data by their names elsewhere."""
