@@ -1,16 +1,44 @@
-"""A run and labels to measures, per query and mean."""
+"""A run, and labels or answers, to measures, per query and mean."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from pairdr.answers import MEASURES, AnswerMode, Answers, measure_answers, read_answers
 from pairdr.artefact import publish, read_manifest
-from pairdr.config import EvaluateConfig
+from pairdr.collection import Collection, open_collection
+from pairdr.config import DataConfig, EvaluateConfig, OnDuplicate
+from pairdr.errors import UsageError
+from pairdr.files import hash_file
+from pairdr.formats import read_qrels, read_run, read_unlabelled
 from pairdr.measures import PerQuery, mean_measures, measure_run
-from pairdr.records import Qrels, Run
+from pairdr.records import Qrels, Query, Run
 
 PER_QUERY = "per_query.json"
+
+
+@dataclass(frozen=True)
+class AnswerFiles:
+    """What a run is measured by in place of labels.
+
+    Attributes:
+        path: accepted answers.
+        data: the BEIR folder whose passages were searched.
+        queries: the questions that were searched for, where the folder lacks them; answers without ids need them.
+        split: the folder's split whose questions count; None is all that have answers.
+        mode: how answers are read.
+        on_duplicate: which passage of an id that occurs twice is taken.
+    """
+
+    path: Path | None = None
+    data: Path | None = None
+    queries: Path | None = None
+    split: str | None = None
+    mode: AnswerMode = "dpr"
+    on_duplicate: OnDuplicate = "error"
 
 
 def evaluate_run(
@@ -35,10 +63,81 @@ def evaluate_run(
     """
     values = measure_run(run, qrels, config.measures)
     if output is not None:
-        with publish(output, "evaluation", options=config.as_dict(), inputs=inputs or {}) as staging:
-            (staging.path / PER_QUERY).write_text(json.dumps(values), encoding="utf-8")
-            staging.facts |= {"means": mean_measures(values), "queries": len(next(iter(values.values())))}
+        _publish(values, config.as_dict(), inputs or {}, output)
     return values
+
+
+def evaluate_answers(
+    run: Run,
+    answers: Answers,
+    collection: Collection,
+    config: EvaluateConfig,
+    output: str | Path | None = None,
+    *,
+    mode: AnswerMode = "dpr",
+    inputs: dict[str, str] | None = None,
+) -> PerQuery:
+    """Measure by answers in the passages that a run found, and publish as `evaluate_run` does.
+
+    Args:
+        run: ranked passages, for every question that has answers.
+        answers: what is accepted.
+        collection: the corpus.
+        config: which measures, such as answer_recall@20.
+        output: a folder for `per_query.json`.
+        mode: how answers are read.
+        inputs: fingerprints to keep in the manifest, beside the collection's.
+
+    Returns:
+        measure to {query_id: 1 or 0}.
+    """
+    values = measure_answers(run, answers, collection.passages, config.measures, mode)
+    if output is not None:
+        kept = {"collection": collection.fingerprint} | (inputs or {})
+        _publish(values, config.as_dict() | {"answer_mode": mode}, kept, output)
+    return values
+
+
+def evaluate_files(
+    run: Path, qrels: Path | None, answers: AnswerFiles, config: EvaluateConfig, output: str | Path | None = None
+) -> PerQuery:
+    """Measure the run of a file or folder, by the labels of a file or by answers.
+
+    Args:
+        run: a TREC run, our Arrow file, or a folder that has one.
+        qrels: labels.
+        answers: answers, in place of labels.
+        config: which measures; those of the default become answer recall where answers are given.
+        output: a folder for `per_query.json`.
+
+    Raises:
+        UsageError: both labels and answers, or neither.
+    """
+    found = read_run(run / "run.arrow" if run.is_dir() else run)
+    if qrels is not None and answers.path is None and answers.data is None:
+        return evaluate_run(found, read_qrels(qrels), config, output)
+    if qrels is not None or answers.path is None or answers.data is None:
+        raise UsageError("A run is measured by labels (QRELS), or by --answers in the passages of --data.")
+    if config.measures == EvaluateConfig().measures:
+        config = replace(config, measures=MEASURES)
+    collection = open_collection(answers.data, DataConfig(on_duplicate=answers.on_duplicate))
+    asked = (
+        (collection.query(query_id) for query_id in found)
+        if answers.queries is None
+        else (Query(query_id, text) for _, query_id, text in read_unlabelled(answers.queries) if query_id in found)
+    )
+    accepted = read_answers(answers.path, asked)
+    if answers.split is not None:
+        counted = collection.qrels(answers.split)
+        accepted = {query_id: texts for query_id, texts in accepted.items() if query_id in counted}
+    inputs = {"answers": hash_file(answers.path)}
+    return evaluate_answers(found, accepted, collection, config, output, mode=answers.mode, inputs=inputs)
+
+
+def _publish(values: PerQuery, options: dict[str, Any], inputs: dict[str, str], output: str | Path) -> None:
+    with publish(output, "evaluation", options=options, inputs=inputs) as staging:
+        (staging.path / PER_QUERY).write_text(json.dumps(values), encoding="utf-8")
+        staging.facts |= {"means": mean_measures(values), "queries": len(next(iter(values.values())))}
 
 
 def read_evaluation(folder: str | Path) -> PerQuery:
