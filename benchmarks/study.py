@@ -1,0 +1,269 @@
+"""What pseudo labels add, and what the passage-centric loss: the protocol is docs/study.md.
+
+    PAIRDR_DATA=... python benchmarks/study.py run --work FOLDER [--cells main raw ...] [--hours 8]
+    python benchmarks/study.py report --work FOLDER [--cells ...]
+
+`run` makes one run after the other, each in a file of its own, and goes on where it stopped; it begins no further run
+once the processor hours that all runs have cost reach --hours. A run's cost is the processor time of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from study_tables import print_tables
+
+from pairdr.collection import Collection, open_collection
+from pairdr.config import (
+    DataConfig,
+    LabelConfig,
+    MineConfig,
+    ModelConfig,
+    RunConfig,
+    SearchConfig,
+    StageConfig,
+    TrainConfig,
+    list_stages,
+)
+from pairdr.encode import encode_corpus
+from pairdr.encoder import DualEncoder
+from pairdr.files import replace_file
+from pairdr.formats import write_qrels
+from pairdr.lexical import LexicalIndex
+from pairdr.measures import measure_run
+from pairdr.pipeline import run_steps
+from pairdr.progress import quiet_libraries, say
+from pairdr.records import Passage, Query, Run, positives_of
+from pairdr.search import rank_dense
+from pairdr.train import train_model
+from pairdr.work import Work
+
+ARMS = ("labelled_only", "query_centric", "pair")
+SETS = ("en_qa_mix", "vaswani_npl", "cacm", "nq_small")
+MEASURES = ("RR@10", "nDCG@10", "R@100")
+QUERIES, DATA_SEED = 10_000, 13
+STEPS, BATCH, LAYERS = 300, 32, 3
+RATES, RATE_SEED = (2e-5, 5e-5, 1e-4, 3e-4), 1000
+TRIPLES = 2000
+MODEL = ModelConfig(start="minilm", layers=LAYERS, query_length=32, passage_length=96, device="cpu")
+TRAIN = TrainConfig(
+    dropout=0.0, per_device_train_batch_size=BATCH, eval_steps=10**6, eval_queries=1000, eval_passages=5000
+)
+
+
+class Cell(NamedTuple):
+    """A line of the protocol's table."""
+
+    name: str
+    arms: tuple[str, ...] = ARMS
+    seeds: tuple[int, ...] = (1, 2, 3)
+    start: str = "tuned"
+    hidden: float = 0.5
+    options: tuple[tuple[str, Any], ...] = ()
+    both_stages: bool = False
+
+
+CELLS = (
+    Cell("main", seeds=(1, 2, 3, 4, 5)),
+    Cell("raw", start="raw"),
+    Cell("few", hidden=0.95),
+    Cell("large_batch", ARMS[1:], options=(("per_device_train_batch_size", 4 * BATCH), ("grad_cache", True))),
+    Cell("alpha_0.3", ("pair",), options=(("alpha", 0.3),)),
+    Cell("samtone", ("query_centric",), options=(("query_negatives", True),)),
+    Cell("hard_all", ("pair",), options=(("passage_negatives", "hard_all"),)),
+    Cell("both_stages", ("pair",), both_stages=True),
+    Cell("unmasked", ARMS[1:], options=(("mask_false_negatives", False),)),
+)
+
+
+def write_sample(folder: Path) -> Path:
+    """Write en_qa_mix with 10,000 of its training queries, once."""
+    if not (folder / "queries.jsonl").is_file():
+        source = Path(os.environ["PAIRDR_DATA"]) / SETS[0]
+        data = open_collection(source)
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "qrels").mkdir(parents=True)
+        shutil.copy(source / "corpus.jsonl.gz", folder)
+        splits = {split: data.labels(split) for split in ("train", "dev", "test")}
+        drawn = random.Random(DATA_SEED).sample(sorted(splits["train"]), QUERIES)
+        splits["train"] = {query_id: splits["train"][query_id] for query_id in sorted(drawn)}
+        for split, qrels in splits.items():
+            write_qrels(folder / "qrels" / f"{split}.tsv", qrels)
+        ids = [query_id for qrels in splits.values() for query_id in qrels]
+        lines = [json.dumps({"_id": query_id, "text": data.query(query_id).text}) + "\n" for query_id in ids]
+        replace_file(folder / "queries.jsonl", "".join(lines))
+    return folder
+
+
+def prepare(folder: Path, hidden: float) -> Work:
+    """Mine, teach and label for a share of hidden labels, once, and return the work folder."""
+    config = RunConfig(
+        data=DataConfig(hide_labels=hidden),
+        model=MODEL,
+        mine=MineConfig(depth=100),
+        label=LabelConfig(label_depth=20),
+        train=TRAIN,
+    )
+    data = open_collection(write_sample(folder / "data"), config.data)
+    work = Work(folder / f"prepared-{hidden:g}", data, config)
+    run_steps(work, last="label")
+    return work
+
+
+def save_start(work: Work, folder: Path, kind: str, seed: int) -> Path:
+    """Return the start model: that of the work folder, or one whose upper layers are drawn anew."""
+    if kind == "tuned":
+        return work.path("models", "start")
+    import torch
+
+    place, bare = folder / "starts" / f"raw-{seed}", folder / "starts" / f"bare-{seed}"
+    if not place.exists():
+        tuned = DualEncoder.load(MODEL).model[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for layer in tuned.model.encoder.layer[1:]:
+                layer.apply(tuned.model._init_weights)
+        for part in (tuned.model, tuned.tokenizer):
+            part.save_pretrained(bare)
+        options = replace(MODEL, start=str(bare), layers=None)  # a bare encoder: cls, dot product, temperature 1
+        DualEncoder.load(options).save(place, options=options.as_dict(), inputs={})
+    return place
+
+
+def make_stages(arm: str, cell: Cell, config: TrainConfig) -> tuple[StageConfig, ...]:
+    """Return the stages of an arm in a cell."""
+    stages = list_stages(arm, config)
+    return (stages[0], replace(stages[0], name="pair_again")) if cell.both_stages else stages
+
+
+def make_run(folder: Path, cell: Cell, arm: str, seed: int, rate: float, *, only_dev: bool = False) -> dict[str, Any]:
+    """Train and measure one run, or read what was found."""
+    kind = "rates" if only_dev else "runs"
+    place = folder / kind / cell.name / f"{arm}-{seed}" / f"{rate:g}"
+    result = place.with_suffix(".json")
+    if result.is_file():
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found
+    say(f"{kind} {cell.name} {arm}, seed {seed}, learning rate {rate:g}")
+    work = prepare(folder, cell.hidden)
+    begin, wall = time.process_time(), time.time()
+    config = replace(TRAIN, learning_rate=rate, seed=seed, **dict(cell.options))
+    stages = make_stages(arm, cell, config)
+    steps = STEPS * BATCH // config.per_device_train_batch_size * (2 if len(stages) == 1 else 1)
+    start = save_start(work, folder, cell.start, seed)
+    encoder = train_model(
+        work.collection, work.path("examples"), start, stages, config, place / "model", device="cpu", max_steps=steps
+    )
+    last = json.loads((place / "model" / "training.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    found = {"dev": last["dev_RR@10"], "log": last}
+    if not only_dev:
+        found["sets"] = {name: measure_set(folder, encoder, name, place / "vectors") for name in SETS}
+        found["margins"] = measure_margins(work, encoder)
+        found["before"] = measure_margins(work, DualEncoder.open(start, device="cpu"))
+    found |= {"cpu_hours": (time.process_time() - begin) / 3600, "wall_hours": (time.time() - wall) / 3600}
+    shutil.rmtree(place)
+    replace_file(result, json.dumps(found))
+    return found
+
+
+def open_set(folder: Path, name: str) -> Collection:
+    """Open a test set."""
+    return open_collection(folder / "data" if name == SETS[0] else Path(os.environ["PAIRDR_DATA"]) / name)
+
+
+def measure_set(folder: Path, encoder: DualEncoder, name: str, place: Path) -> dict[str, dict[str, float]]:
+    """Return the measures per query of a test set."""
+    data = open_set(folder, name)
+    store = encode_corpus(data, encoder, RunConfig().encode, place / name)
+    qrels = data.qrels("test")
+    queries = [data.query(query_id) for query_id in qrels]
+    ranked = {}
+    for ids, hits in rank_dense(queries, encoder, store, SearchConfig(k=100)):
+        ranked |= dict(zip(ids, hits, strict=True))
+    values = measure_run(Run.from_mapping(ranked), qrels, MEASURES)
+    return {measure: {q: round(value, 6) for q, value in found.items()} for measure, found in values.items()}
+
+
+def list_triples(work: Work) -> list[tuple[Query, Passage, Passage]]:
+    """Return test queries with a positive and BM25's best passage that is not relevant."""
+    data, index = work.collection, LexicalIndex(work.path("bm25"))
+    qrels = data.qrels("test")
+    triples = []
+    for query_id in sorted(random.Random(DATA_SEED).sample(sorted(qrels), min(TRIPLES, len(qrels)))):
+        positives, query = positives_of(qrels, query_id), data.query(query_id)
+        found = index.ids_of(index.search(query.text, 10 + len(positives))[0])
+        negative = next((passage_id for passage_id in found if passage_id not in positives), None)
+        if positives and negative is not None:
+            triples.append((query, data.passage(positives[0]), data.passage(negative)))
+    return triples
+
+
+def measure_margins(work: Work, encoder: DualEncoder) -> dict[str, list[float]]:
+    """Return, per query, s(q,p+), s(q,p-) and s(p+,p-)."""
+    triples = list_triples(work)
+    query = encoder.encode_queries([triple[0].text for triple in triples])
+    positive, negative = (encoder.encode_passages([triple[at] for triple in triples]) for at in (1, 2))
+    pairs = [(query, positive), (query, negative), (positive, negative)]
+    values = np.round(np.array([np.einsum("nd,nd->n", one, other) for one, other in pairs]), 5)
+    return {triple[0].query_id: row for triple, row in zip(triples, values.T.tolist(), strict=True)}
+
+
+def measure_start(folder: Path) -> None:
+    """Measure the start itself, once."""
+    place = folder / "runs" / "start.json"
+    if not place.is_file():
+        work = prepare(folder, 0.5)
+        encoder = DualEncoder.open(work.path("models", "start"), device="cpu")
+        sets = {name: measure_set(folder, encoder, name, folder / "start-vectors") for name in SETS}
+        place.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(place, json.dumps({"sets": sets}))
+        shutil.rmtree(folder / "start-vectors")
+
+
+def choose_rate(folder: Path, cell: Cell, arm: str) -> float:
+    """Return the learning rate that is best on dev for an arm; cells with another start have one of their own."""
+    judged = next(other for other in CELLS if other.start == cell.start)
+    found = {rate: make_run(folder, judged, arm, RATE_SEED, rate, only_dev=True)["dev"] for rate in RATES}
+    return max(found, key=lambda rate: found[rate])
+
+
+def sum_hours(folder: Path) -> float:
+    """Return the processor hours that all runs have cost so far."""
+    places = [*(folder / "runs").rglob("*.json"), *(folder / "rates").rglob("*.json")]
+    return sum(json.loads(place.read_text(encoding="utf-8")).get("cpu_hours", 0.0) for place in places)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--cells", nargs="*", default=[cell.name for cell in CELLS])
+    parser.add_argument("--hours", type=float, default=8.0 * (os.cpu_count() or 1), help="processor hours in all")
+    options = parser.parse_args()
+    cells = [cell for cell in CELLS if cell.name in options.cells]
+    if options.what == "report":
+        print_tables(options.work, cells, CELLS[0])
+        return
+    quiet_libraries()
+    measure_start(options.work)
+    for cell in cells:
+        for seed in cell.seeds:  # seed by seed, so that an unfinished cell has all arms of some seeds
+            for arm in cell.arms:
+                if sum_hours(options.work) >= options.hours:
+                    say("the hours are spent")
+                    return
+                make_run(options.work, cell, arm, seed, choose_rate(options.work, cell, arm))
+
+
+if __name__ == "__main__":
+    main()
