@@ -144,10 +144,11 @@ def draw_plot(points: list[Point], title: str, path: Path) -> None:
         parts.append(
             f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/><text x="20" y="{y + 4:.1f}">{recall:.2f}</text>'
         )
-    for power in range(math.ceil(low * 3), math.floor(high * 3) + 1):
-        x = left + width * (power / 3 - low) / (high - low)
-        parts.append(f'<path d="M{x:.1f} {top}v{height}" stroke="#eee"/>')
-        parts.append(f'<text x="{x - 12:.1f}" y="{top + height + 18}">{10 ** (power / 3):.0f}</text>')
+    for rate in (digit * 10**power for power in range(7) for digit in (1, 2, 5)):
+        x = left + width * (math.log10(rate) - low) / (high - low)
+        if low <= math.log10(rate) <= high:
+            parts.append(f'<path d="M{x:.1f} {top}v{height}" stroke="#eee"/>')
+            parts.append(f'<text x="{x - 12:.1f}" y="{top + height + 18}">{rate}</text>')
     for number, (name, colour) in enumerate(colours.items()):
         here = [
             (rate, found, chosen) for (other, found, chosen), rate in zip(points, rates, strict=True) if other == name

@@ -12,7 +12,7 @@ from typing import Any
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 
-from pairdr import __version__, commands, store_commands
+from pairdr import __version__, audit_commands, commands, exchange_commands, report_commands, store_commands
 from pairdr.config import RunConfig, change_options
 from pairdr.errors import PairdrError, UsageError
 
@@ -35,12 +35,19 @@ for command in (
     commands.search,
     commands.evaluate,
     store_commands.compare,
+    audit_commands.audit,
+    audit_commands.apply_audit,
+    report_commands.report,
+    report_commands.reproduce,
+    exchange_commands.import_data,
+    exchange_commands.export_data,
     store_commands.upsert,
     store_commands.delete,
     store_commands.compact,
     store_commands.export,
     store_commands.index,
     store_commands.index_words,
+    store_commands.push,
     store_commands.verify,
 ):
     app.command(command)

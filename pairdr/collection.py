@@ -33,6 +33,7 @@ from pairdr.formats import PASSAGE_KEYS, read_lines, read_qrels, read_texts, rea
 from pairdr.ids import IdIndex, hash_text, write_id_index
 from pairdr.records import PASSAGE_COLUMNS, Passage, Qrels, Query
 from pairdr.rows import RowReader
+from pairdr.sources.named import find_data
 
 SPLITS = ("train", "dev", "test")
 BLOCK = 8192
@@ -119,6 +120,7 @@ class Collection:
             frozenset(line.strip() for _, line in read_lines(config.held_out)) if config.held_out else frozenset()
         )
         kept = config.as_dict() | {"unlabelled": [], "held_out": sorted(self.held_out)}
+        del kept["licence"]
         self.fingerprint = hash_json([manifest.fingerprint, kept])
         self.passages_fingerprint = manifest.files["passages.arrow"]["sha256"]
         self.duplicates: dict[str, list[str]] = manifest.facts["duplicates"]
@@ -224,7 +226,7 @@ def open_collection(source: str | Path, config: DataConfig | None = None, *, str
     """Open a BEIR folder: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/{train,dev,test}.tsv`.
 
     Args:
-        source: the folder.
+        source: the folder, or `ir:NAME` of ir_datasets, or `hf:NAME` of the Hugging Face hub: docs/sources.md.
         config: unlabelled files, hidden labels, the made dev split.
         strict: raise on what would corrupt training; `pairdr check` opens with False and lists it instead.
 
@@ -233,7 +235,7 @@ def open_collection(source: str | Path, config: DataConfig | None = None, *, str
         DataError: a broken line, a duplicate id, or a label for an id that does not exist.
     """
     config = config or DataConfig()
-    folder = Path(source)
+    folder = find_data(source, cache_folder())
     inputs = _find_files(folder, config.unlabelled)
     stamp: dict[str, Any] = {"on_duplicate": config.on_duplicate}
     for name, path in inputs.items():
@@ -288,7 +290,7 @@ def cache_folder() -> Path:
 def _find_files(folder: Path, unlabelled: Iterable[Path]) -> dict[str, Path]:
     if not folder.is_dir():
         raise UsageError(
-            "There is no such folder.", path=folder, remedy="Name a BEIR folder: corpus.jsonl, queries.jsonl, qrels/."
+            "There is no such folder.", path=folder, remedy="Name a BEIR folder (corpus.jsonl ...), ir:NAME or hf:NAME."
         )
     found = {}
     for name in ("corpus", "queries"):

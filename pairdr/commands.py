@@ -229,6 +229,7 @@ def train(
     Examples:
         What `pairdr label` wrote.
     """
+    from pairdr.card import write_card
     from pairdr.collection import open_collection
     from pairdr.encoder import DualEncoder
     from pairdr.ranks import find_rank
@@ -242,6 +243,7 @@ def train(
             DualEncoder.load(model).save(start, options=model.as_dict(), inputs={})
     train_model(collection, rows, start, list_stages(arm, options), options, output, device=model.device)
     if find_rank() == 0:
+        write_card(output, start, collection)
         print_facts(read_manifest(output).facts["summary"])
 
 
@@ -318,29 +320,26 @@ def search(
 
 
 def evaluate(
-    run_file: Path,
-    qrels: Path,
+    run_file: Annotated[Path, Parameter(help="The run.")],
+    qrels: Annotated[Path | None, Parameter(help="The labels.")] = None,
     *,
+    answers: Annotated[Path | None, Parameter(help="Accepted answers, in place of labels; needs --data.")] = None,
+    data: Annotated[Path | None, Parameter(help="BEIR folder of the passages that hold --answers.")] = None,
+    queries: Annotated[Path | None, Parameter(help="Questions that --data lacks, for answers without ids.")] = None,
+    split: Annotated[str | None, Parameter(help="Only questions of this split of --data count; unset: all.")] = None,
+    answer_mode: Annotated[Literal["dpr", "rocketqa"], Parameter(help="Whose rules read --answers.")] = "dpr",
+    on_duplicate: ON_DUPLICATE = "error",
     output: Annotated[Path | None, OUTPUT] = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="For machines.")] = False,
     options: Annotated[EvaluateConfig, FLAT] = EvaluateConfig(),
 ) -> None:
-    """Measure a run (TREC, or our Arrow form) against labels (BEIR or TREC).
-
-    Parameters
-    ----------
-    run_file
-        The run.
-    qrels
-        The labels.
-    """
-    from pairdr.evaluate import evaluate_run
-    from pairdr.formats import read_qrels, read_run
+    """Measure a run (TREC, or our Arrow form) against labels (BEIR or TREC), or against answers in its passages."""
+    from pairdr.evaluate import AnswerFiles, evaluate_files
     from pairdr.measures import mean_measures
 
-    path = run_file / "run.arrow" if run_file.is_dir() else run_file
-    means = mean_measures(evaluate_run(read_run(path), read_qrels(qrels), options, output))
-    print_text(json.dumps(means) if as_json else "\n".join(f"{name:12}{value:.4f}" for name, value in means.items()))
+    files = AnswerFiles(answers, data, queries, split, answer_mode, on_duplicate)
+    means = mean_measures(evaluate_files(run_file, qrels, files, options, output))
+    print_text(json.dumps(means) if as_json else "\n".join(f"{name:20}{value:.4f}" for name, value in means.items()))
 
 
 def _open_parts(

@@ -6,7 +6,6 @@ seeds say is reported beside. Every system is compared with the first one; p-val
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from pairdr.measures import PerQuery, compute_p_value, mean_measures, measure_ru
 from pairdr.records import Qrels
 from pairdr.search import WORK_FILE
 from pairdr.store_config import CompareConfig
-from pairdr.table import MAIN, say_p
+from pairdr.table import MAIN, read_values, say_p
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -94,11 +93,11 @@ class Comparison:
 
     def format(self) -> str:
         """Return the comparison as plain text."""
-        names = list(self.systems[0].means)
+        sizes = [(name, max(10, len(name) + 2)) for name in self.systems[0].means]
         width = max(8, *(len(system.name) for system in self.systems)) + 2
-        lines = [f"{'':{width}}" + "".join(f"{name:>10}" for name in names) + f"{'95 % interval':>20}"]
+        lines = [f"{'':{width}}" + "".join(f"{name:>{size}}" for name, size in sizes) + f"{'95 % interval':>20}"]
         for system in self.systems:
-            cells = "".join(f"{system.means[name]:10.4f}" for name in names)
+            cells = "".join(f"{system.means[name]:{size}.4f}" for name, size in sizes)
             low, high = system.interval
             seeds = (
                 ""
@@ -138,7 +137,7 @@ def compare_values(
         SystemFacts(
             name,
             {other: float(np.mean([mean_measures(seed)[other] for seed in seeds])) for other in config.measures},
-            _find_interval(values[name].mean(0), config),
+            find_interval(values[name].mean(0), config.resamples, config.compare_seed),
             tuple(values[name].mean(1).tolist()),
         )
         for name, seeds in systems.items()
@@ -179,7 +178,7 @@ def read_system(text: str, qrels: Qrels | None, measures: Sequence[str]) -> tupl
 
 def _read_values(place: Path, qrels: Qrels | None, measures: Sequence[str]) -> PerQuery:
     if (place / WORK_FILE).is_file():
-        values: PerQuery = json.loads((place / "report" / f"{MAIN}.json").read_text(encoding="utf-8"))
+        values = read_values(place / "report", MAIN)
     elif (place / PER_QUERY).is_file():
         values = read_evaluation(place)
     elif qrels is None:
@@ -232,7 +231,7 @@ def _compare(
 ) -> Difference:
     differences = mine.mean(0) - theirs.mean(0)  # [Q]
     mean = float(differences.mean())
-    low, high = _find_interval(differences, config)
+    low, high = find_interval(differences, config.resamples, config.compare_seed)
     detectable = find_detectable(differences, comparisons, config.level, config.power)
     between = mine.mean(1)[:, None] - theirs.mean(1)[None]  # [S, S']
     shown = p_holm < config.level
@@ -271,8 +270,8 @@ def _test(mine: Values, theirs: Values, config: CompareConfig) -> float:
     return compute_p_value(one, other, resamples=config.resamples, seed=config.compare_seed)
 
 
-def _find_interval(values: Values, config: CompareConfig) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean."""
+def find_interval(values: Values, resamples: int, seed: int) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean of values [Q]."""
     from scipy.stats import bootstrap
 
     if len(values) < 2 or np.ptp(values) == 0:
@@ -280,10 +279,10 @@ def _find_interval(values: Values, config: CompareConfig) -> tuple[float, float]
     found = bootstrap(
         (values,),
         np.mean,
-        n_resamples=config.resamples,
+        n_resamples=resamples,
         batch=256,
         method="percentile",
-        rng=np.random.default_rng(config.compare_seed),
+        rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
 

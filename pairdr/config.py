@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from pairdr.errors import UsageError
 from pairdr.options import Options as Options
@@ -34,6 +34,7 @@ class DataConfig(Options):
     on_duplicate: OnDuplicate = option("error", "Which passage or query of an id that occurs twice is taken.")
     dev_queries: int = option(500, "Training queries set aside as dev where the data has no dev split.", low=1)
     data_seed: int = option(13, "Seed of the hidden labels and of a made dev split.", low=0)
+    licence: str | None = option(None, "Licence of the data, for the card of a model that is trained on them.")
 
 
 @dataclass(frozen=True)
@@ -322,5 +323,16 @@ def change_options(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) 
         unknown = next((key for key in values if key not in options), None)
         if unknown is not None:
             raise UsageError(f"Unknown option {unknown} in [{name}].", remedy=f"There are: {', '.join(options)}.")
-        sections[name] = replace(section, **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        hints = get_type_hints(type(section))
+        sections[name] = replace(section, **{key: _from_toml(value, hints[key]) for key, value in values.items()})
     return replace(config, **sections)
+
+
+def _from_toml(value: Any, hint: Any) -> Any:
+    """Return a value as an option of that type holds it; "none" unsets an option that is a number or nothing."""
+    kinds = {*get_args(hint)} or {hint}
+    if isinstance(value, list):
+        return tuple(Path(item) if Path in kinds else item for item in value)
+    if value == "none" and type(None) in kinds and not kinds.isdisjoint({int, float}):
+        return None
+    return Path(value) if Path in kinds and isinstance(value, str) else value

@@ -22,6 +22,7 @@ from pairdr.artefact import publish
 from pairdr.collection import Collection
 from pairdr.config import LabelConfig
 from pairdr.errors import RefusedError
+from pairdr.files import write_json
 from pairdr.formats import write_examples
 from pairdr.mine import Candidates, is_near_copy
 from pairdr.progress import show_progress
@@ -36,6 +37,11 @@ LEAST_QUERIES = 20
 """Fewer dev queries than this above a threshold say nothing of its precision."""
 SOURCES = ("labelled", "pseudo", "plain")
 """Example files: denoised labelled rows, pseudo-labelled rows, labelled rows with the negatives as mined."""
+SCORES = "scores.json"
+"""Histograms of the teacher's scores, kept beside the examples."""
+SCORE_BINS = 40
+Tops = Sequence[tuple[float, bool]]
+"""Per query, the best score and whether that passage is relevant."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,15 @@ def label_examples(
             write_examples(staging.path / "labelled.arrow", _label_plainly(collection, candidates, config))
             write_examples(staging.path / "pseudo.arrow", [])
             return dict(facts)
-        calibration = calibrate(collection, candidates.merged, teacher, config)
+        tops, positives = score_dev(collection, candidates.merged, teacher, config)
+        calibration = choose_thresholds(tops, positives, config)
         facts |= {"teacher": teacher.name, "calibration": asdict(calibration)}
         labelled = _denoise(collection, candidates, teacher, calibration.s_neg, config, counts)
         facts["labelled"] = write_examples(staging.path / "labelled.arrow", labelled)
-        pseudo = list(_label_pool(collection, candidates.merged, teacher, calibration, config, counts))
+        best: list[float] = []
+        pseudo = list(_label_pool(collection, candidates.merged, teacher, calibration, config, counts, best))
         facts["pseudo"] = write_examples(staging.path / "pseudo.arrow", pseudo)
+        write_json(staging.path / SCORES, count_scores(tops, positives, best))
         facts |= {
             "counts": dict(counts),
             "pool": len(collection.pool),
@@ -128,6 +137,13 @@ def calibrate(collection: Collection, ranked: Run, teacher: Teacher, config: Lab
     Raises:
         RefusedError: no threshold reaches the wanted precision on 20 queries or more.
     """
+    return choose_thresholds(*score_dev(collection, ranked, teacher, config), config)
+
+
+def score_dev(
+    collection: Collection, ranked: Run, teacher: Teacher, config: LabelConfig
+) -> tuple[Tops, Sequence[float]]:
+    """Return the best score of each dev query and whether it is right, and the scores of all known positives."""
     tops: list[tuple[float, bool]] = []
     positives: list[float] = []
     dev = collection.qrels("dev")
@@ -138,6 +154,11 @@ def calibrate(collection: Collection, ranked: Run, teacher: Teacher, config: Lab
         best = int(np.argmax(scores))
         tops.append((float(scores[best]), hits[best].passage_id in known))
         positives += [float(s) for hit, s in zip(hits, scores, strict=True) if hit.passage_id in known]
+    return tops, positives
+
+
+def choose_thresholds(tops: Tops, positives: Sequence[float], config: LabelConfig) -> Calibration:
+    """Choose what is not given of s_pos and s_neg, and say what they promise; see `calibrate`."""
     s_pos = _calibrate_s_pos(tops, config.target_precision) if config.s_pos is None else config.s_pos
     s_neg = config.s_neg
     if s_neg is None:
@@ -146,7 +167,30 @@ def calibrate(collection: Collection, ranked: Run, teacher: Teacher, config: Lab
     return Calibration(s_pos, s_neg, right / labelled if labelled else None, labelled / max(1, len(tops)), len(tops))
 
 
-def _calibrate_s_pos(tops: Sequence[tuple[float, bool]], target: float) -> float:
+def count_scores(tops: Tops, positives: Sequence[float], pool: Sequence[float]) -> dict[str, Any]:
+    """Return histograms of a teacher's scores over the same bins.
+
+    Args:
+        tops: of dev.
+        positives: scores of the known positives of dev.
+        pool: the best score of each pool query.
+
+    Returns:
+        The `edges` of the bins, and the counts of `right` and `wrong` tops, of `positives` and of `pool`.
+    """
+    groups = {
+        "right": [score for score, is_right in tops if is_right],
+        "wrong": [score for score, is_right in tops if not is_right],
+        "positives": positives,
+        "pool": pool,
+    }
+    every = np.array([score for scores in groups.values() for score in scores])
+    edges = np.histogram_bin_edges(every, SCORE_BINS)
+    counts = {name: np.histogram(scores, edges)[0].tolist() for name, scores in groups.items()}
+    return {"edges": edges.tolist()} | counts
+
+
+def _calibrate_s_pos(tops: Tops, target: float) -> float:
     if len(tops) < 2 * LEAST_QUERIES:
         raise RefusedError(
             f"{len(tops)} dev queries are too few to calibrate a teacher; it takes {2 * LEAST_QUERIES}.",
@@ -162,7 +206,7 @@ def _calibrate_s_pos(tops: Sequence[tuple[float, bool]], target: float) -> float
     return s_pos
 
 
-def _expect(tops: Sequence[tuple[float, bool]], config: LabelConfig) -> tuple[int, int]:
+def _expect(tops: Tops, config: LabelConfig) -> tuple[int, int]:
     """Return how many dev queries get a pseudo positive and how many of these are right.
 
     A calibrated threshold is judged on the half of the queries that did not choose it, both ways.
@@ -177,7 +221,7 @@ def _expect(tops: Sequence[tuple[float, bool]], config: LabelConfig) -> tuple[in
     return labelled, right
 
 
-def choose_s_pos(tops: Sequence[tuple[float, bool]], target: float) -> float | None:
+def choose_s_pos(tops: Tops, target: float) -> float | None:
     """Return the lowest threshold above which the share of right tops is at least the target.
 
     Args:
@@ -287,8 +331,11 @@ def _label_pool(
     calibration: Calibration,
     config: LabelConfig,
     counts: Counter[str],
+    best: list[float],
 ) -> Iterator[Example]:
+    """Yield the pseudo-labelled rows, and note the best score of each query of the pool in `best`."""
     for query_id, hits, scores in score_candidates(collection, ranked, teacher, collection.pool, config.label_depth):
+        best += [float(max(scores))] if hits else []
         picked = pick_pseudo_labels(hits, scores.tolist(), calibration.s_pos, calibration.s_neg, config.negatives)
         if picked is None:
             counts["pool queries without a sure positive or negative"] += 1
@@ -309,7 +356,7 @@ def _label_pool(
         )
 
 
-def _precisions(tops: Sequence[tuple[float, bool]]) -> list[float]:
+def _precisions(tops: Tops) -> list[float]:
     """Return the share of right ones among the n best-scored tops, for n from 20 up."""
     right = np.array([ok for _, ok in sorted(tops, key=lambda top: -top[0])], dtype=float)
     shares = np.cumsum(right) / np.arange(1, len(right) + 1)

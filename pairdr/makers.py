@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 from pairdr.artefact import publish, read_manifest
+from pairdr.card import read_measured, write_card
 from pairdr.check import check_collection, require_sound
-from pairdr.config import TeachConfig, list_stages
+from pairdr.config import ARMS, TeachConfig, list_stages
 from pairdr.encoder import DualEncoder
 from pairdr.errors import RefusedError
 from pairdr.formats import write_run, write_trec_run
@@ -112,16 +113,11 @@ def train(work: Work, arm: str, examples_place: str, place: str) -> None:
     # Labelled only takes as many steps in its one stage as PAIR in its two.
     rows = len(read_stage_examples(examples, list_stages("pair", config.train)[1], config.train))
     steps = count_steps(rows, config.train) * (2 if len(stages) == 1 else 1)
+    start, output = work.path("models", "start"), work.path("models", place)
     train_model(
-        work.collection,
-        examples,
-        work.path("models", "start"),
-        stages,
-        config.train,
-        work.path("models", place),
-        device=config.model.device,
-        max_steps=steps,
+        work.collection, examples, start, stages, config.train, output, device=config.model.device, max_steps=steps
     )
+    write_card(output, start, work.collection)
 
 
 def search(work: Work, split: str, system: str) -> None:
@@ -182,6 +178,9 @@ def evaluate(work: Work, split: str, systems: list[str]) -> None:
         work.path("report"),
         inputs={"collection": work.collection.fingerprint},
     )
+    for arm in set(systems) & set(ARMS):
+        measured = read_measured(work.path("report"), arm, work.config.evaluate)
+        write_card(work.path("models", arm), work.path("models", "start"), work.collection, measured)
 
 
 def table_split(work: Work) -> str:

@@ -21,6 +21,7 @@ from pairdr.errors import ArtefactError, UsageError
 from pairdr.files import replace_file
 from pairdr.makers import FUSED, table_split
 from pairdr.measures import parse_measures
+from pairdr.origin import write_origin
 from pairdr.progress import say
 from pairdr.search import WORK_FILE
 from pairdr.steps import list_steps
@@ -69,8 +70,9 @@ def run_pipeline(
     work = Work(output, collection, config)
     require_depth(config)
     with work.lock():
-        ran = _run_steps(work)
+        ran = run_steps(work)
         _write_work_file(work)
+        write_origin(work.folder, config, collection)
     return RunResult(work.folder, read_table(work.path("report")), tuple(ran))
 
 
@@ -152,8 +154,13 @@ def require_depth(config: RunConfig) -> None:
             )
 
 
-def _run_steps(work: Work) -> list[str]:
-    """Make what is not up to date, in order, and return the names of the steps that ran."""
+def run_steps(work: Work, last: str | None = None) -> list[str]:
+    """Make what is not up to date, in order, and return the names of the steps that ran.
+
+    Args:
+        work: the work folder.
+        last: the step after which to stop; None makes them all.
+    """
     fingerprints = work.list_sources()
     ran = []
     for step in list_steps(work):
@@ -168,6 +175,8 @@ def _run_steps(work: Work) -> list[str]:
             found = work.record(step.name, place, key, time.perf_counter() - begin)
             ran.append(step.name)
         fingerprints[step.name] = found
+        if step.name == last:
+            break
     return ran
 
 

@@ -107,6 +107,28 @@ def compare(
     print_text(json.dumps(asdict(found)) if as_json else found.format())
 
 
+def push(
+    model: Path,
+    repository: str,
+    *,
+    private: Annotated[bool, Parameter(negative="", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a model with its card to the Hugging Face hub; HF_TOKEN, or `hf auth login`, says as whom.
+
+    Parameters
+    ----------
+    model
+        A model of `pairdr train` or `pairdr run`.
+    repository
+        Its name there, such as organisation/name; made where there is none.
+    """
+    quiet_libraries()
+    verify_artefact(model)
+    from pairdr.encoder import push_model
+
+    print_text(push_model(model, repository, private=private))
+
+
 def upsert(
     vectors: Path,
     corpus: Path,

@@ -58,6 +58,24 @@ class CompareConfig(Options):
     compare_seed: int = option(13, "Seed of these.", low=0)
 
 
+@dataclass(frozen=True)
+class AuditConfig(Options):
+    """Training labels that look wrong."""
+
+    most: int = option(100, "Most rows of each kind that are listed, the worst first.", low=1)
+    most_per_query: int = option(3, "Most rows of a kind that one query has among them.", low=1)
+    most_queries: int = option(
+        1000, "Most labelled queries, and most pseudo-labelled ones, that are looked at; of more a sample.", low=1
+    )
+    scored_depth: int = option(20, "Candidates per query that the teacher scores.", low=1)
+    audit_depth: int = option(100, "Passages of a system that count as found, and are compared with positives.", low=1)
+    agree_depth: int = option(10, "The final model agrees with a pseudo positive that it has among so many.", low=1)
+    copy_level: float = option(
+        0.5, "Share of common five-word grams from which a candidate is nearly a positive.", low=0, high=1
+    )
+    audit_seed: int = option(13, "Seed of the samples.", low=0)
+
+
 Target = Literal["onnx", "openvino", "openvino-int8"]
 """What runs an exported model, and in which precision."""
 
@@ -79,3 +97,42 @@ class ExportConfig(Options):
         300, "int8: passages and training queries that set the ranges of activations.", low=2
     )
     export_seed: int = option(13, "Seed of these samples and of the confidence interval.", low=0)
+
+
+@dataclass(frozen=True)
+class ReportConfig(Options):
+    """What the page of a work folder shows."""
+
+    against: Literal["bm25", "start", "whole", "labelled_only", "query_centric", "pair_bm25"] = option(
+        "start", "System that PAIR is compared with, query by query."
+    )
+    shown_queries: int = option(5, "Queries shown of those that gain most, and of those that lose most.", low=0)
+    shown_characters: int = option(600, "Most characters shown of a text.", low=20)
+    report_queries: int = option(500, "Most dev queries whose similarities are measured.", low=1)
+    report_negatives: int = option(5, "Candidates of such a query that stand for wrong passages.", low=1)
+    report_texts: int = option(2000, "Most passages, and most queries, whose lengths are counted.", low=1)
+    report_seed: int = option(13, "Seed of these samples.", low=0)
+
+
+SourceFormat = Literal["msmarco", "dpr", "tevatron", "flagembedding", "rocketqa"]
+"""Whose files are read; Tevatron's by either keys, RocketQA's of either encoder."""
+TargetFormat = Literal["msmarco", "dpr", "tevatron", "tevatron-old", "flagembedding", "rocketqa", "rocketqa-cross"]
+"""Whose files are written."""
+
+
+@dataclass(frozen=True)
+class ImportDataConfig(Options):
+    """What is taken from other tools' files."""
+
+    scores: Literal["auto", "keep", "drop"] = option(
+        "auto", "Whether a file's scores count as a teacher's; auto: all but DPR's, which are BM25's in its own files."
+    )
+
+
+@dataclass(frozen=True)
+class ExportDataConfig(Options):
+    """What is written for other tools."""
+
+    rows: Literal["all", "labelled", "pseudo", "plain"] = option(
+        "all", "Which examples: denoised labelled ones, pseudo-labelled ones, both (all), or those without a teacher."
+    )

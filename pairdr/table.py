@@ -48,10 +48,12 @@ class Table:
     def format(self) -> str:
         """Return the table as plain text."""
         names = list(self.rows[0].means)
-        head = f"{'':26}" + "".join(f"{name:>10}" for name in names) + f"{'p (PAIR)':>12}"
+        widths = [max(10, len(name) + 2) for name in names]
+        titles = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+        head = f"{'':26}{titles}{'p (PAIR)':>12}"
         lines = [head, "-" * len(head)]
         for row in self.rows:
-            cells = "".join(f"{row.means[name]:10.4f}" for name in names)
+            cells = "".join(f"{row.means[name]:{width}.4f}" for name, width in zip(names, widths, strict=True))
             lines.append(f"{TITLES[row.system]:26}{cells}{_p(row.p_pair):>12}")
         lines.append("")
         lines.append(
@@ -113,6 +115,12 @@ def read_table(folder: str | Path) -> Table:
     facts: dict[str, Any] = json.loads((Path(folder) / "table.json").read_text(encoding="utf-8"))
     rows = tuple(Row(**row) for row in facts.pop("rows"))
     return Table(rows=rows, notes=tuple(facts.pop("notes")), **facts)
+
+
+def read_values(folder: str | Path, system: str) -> PerQuery:
+    """Read a system's values per query of a published table."""
+    values: PerQuery = json.loads((Path(folder) / f"{system}.json").read_text(encoding="utf-8"))
+    return values
 
 
 def describe_labels(examples: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:

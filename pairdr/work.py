@@ -18,6 +18,7 @@ from pairdr.errors import ArtefactError, UsageError
 from pairdr.files import hash_json, hold_lock, replace_file
 from pairdr.formats import read_run
 from pairdr.lexical import LexicalIndex
+from pairdr.origin import describe_environment, measure_memory
 from pairdr.records import Run
 from pairdr.start import is_retriever
 from pairdr.vectors import VectorStore
@@ -98,7 +99,7 @@ class Work:
 
     def fingerprint(self, name: str, output: Path, key: str) -> str | None:
         """Return the fingerprint of a finished step's artefact, or None if it has to run."""
-        record = self._state().get(name)
+        record = read_state(self.folder).get(name)
         if record is None or record["key"] != key:
             return None
         try:
@@ -110,30 +111,37 @@ class Work:
     def record(self, name: str, output: Path, key: str, seconds: float) -> str:
         """Note that a step is done and return its artefact's fingerprint."""
         fingerprint = read_manifest(output).fingerprint
-        state = self._state()
+        state = read_state(self.folder)
         state[name] = {
             "key": key,
             "fingerprint": fingerprint,
             "seconds": round(seconds, 1),
+            **measure_memory(),
             "at": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "environment": describe_environment(),
         }
         replace_file(self.path(STATE), json.dumps(state, indent=1) + "\n")
         return fingerprint
 
-    def seconds(self) -> dict[str, float]:
-        """Return the time that each finished step took."""
-        return {name: float(record["seconds"]) for name, record in self._state().items()}
 
-    def _state(self) -> dict[str, Any]:
-        path = self.path(STATE)
-        if not path.is_file():
-            return {}
-        try:
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(state, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            raise ArtefactError(
-                "The record of finished steps cannot be read.", path=path, remedy="Delete it; all steps run again."
-            ) from error
-        return state
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what a work folder records of each finished step, by its name; nothing where there is no record.
+
+    A record holds `key` and `fingerprint`, `seconds`, `memory` and perhaps `device_memory` in bytes, `at`, and the
+    `environment` that the step ran in.
+
+    Raises:
+        ArtefactError: the record cannot be read.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return {}
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ArtefactError(
+            "The record of finished steps cannot be read.", path=path, remedy="Delete it; all steps run again."
+        ) from error
+    return state

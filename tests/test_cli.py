@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from pairdr import commands, pipeline, store_commands
+from pairdr import audit_commands, commands, exchange_commands, pipeline, report_commands, store_commands
 from pairdr.artefact import read_manifest
 from pairdr.cli import main
 from pairdr.collection import open_collection
@@ -33,6 +33,9 @@ from pairdr.teachers import load_teacher, read_recipe
 COMMANDS = (
     *("run", "demo", "check", "mine", "teach", "label", "train", "encode", "search", "evaluate", "verify"),
     *("upsert", "delete", "compact", "export", "index", "index-words", "compare"),
+    *("audit", "apply-audit"),
+    *("import-data", "export-data"),
+    *("report", "reproduce", "push"),
 )
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = {"p1": "The Lune is a river.", "p2": "A market on Monday.", "p3": "An old bridge."}
@@ -831,7 +834,7 @@ def test_the_version_is_printed(call: Call) -> None:
 def test_every_command_is_listed_here(call: Call) -> None:
     public = {
         name
-        for module in (commands, store_commands)
+        for module in (audit_commands, commands, exchange_commands, report_commands, store_commands)
         for name, value in vars(module).items()
         if callable(value) and value.__module__ == module.__name__
     }

@@ -21,22 +21,33 @@ PACKAGE = ROOT / "pairdr"
 ROOMS = (
     *("errors", "records", "rows", "options", "config", "store_config"),
     *("formats", "files", "artefact", "progress", "ids"),
-    *("collection", "sources"),
-    *("measures", "fusion"),
+    *("sources", "collection"),
+    *("measures", "answers", "fusion"),
     *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
     *("tokens", "start", "encoder", "backends", "vectors", "versions", "indexes", "lexical", "filters", "teachers"),
     *("batches", "objective", "tuning", "checkpoint", "watch", "loop"),
     *("check", "costs", "encode", "index", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
     *("gate", "export"),
+    "exchange",
     *(
         "table",
         "compare",
+        "card",
+        "origin",
+        "findings",
+        "evidence",
+        "audit",
+        "relabel",
         "work",
         "makers",
         "steps",
         "pipeline",
+        *("charts", "geometry", "lengths", "report", "page_style", "report_sections", "report_page", "reproduce"),
         "commands",
         "store_commands",
+        "audit_commands",
+        "exchange_commands",
+        "report_commands",
         "cli",
         "__main__",
         "__init__",
@@ -53,6 +64,7 @@ LIGHT = (
         "filters",
         "search",
         "measures",
+        "answers",
         "check",
         "encode",
         "mine",
@@ -61,10 +73,11 @@ LIGHT = (
         "index",
     ),
     *("indexes.exact", "indexes.faiss"),
+    *("exchange", "exchange.files", "exchange.training", "exchange.corpora", "exchange.imports", "exchange.exports"),
     *("backends", "backends.exported", "backends.onnx", "backends.openvino", "gate"),
 )
 
-LOCKED_EXTRAS = ("demo", "train", "faiss", "onnx", "openvino", "dev")
+LOCKED_EXTRAS = ("demo", "train", "faiss", "sources", "onnx", "openvino", "dev")
 LOCK_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9][A-Za-z0-9.]*)")
 MOST_LINES = 400
 
