@@ -4,7 +4,8 @@
     python benchmarks/study.py report --work FOLDER [--cells ...]
 
 `run` makes one run after the other, each in a file of its own, and goes on where it stopped; it begins no further run
-once the processor hours that all runs have cost reach --hours. A run's cost is the processor time of the process.
+once the processor hours that all runs have cost reach --hours. A run's cost is the processor time of the process that
+ended it: where a run was interrupted, what went before is not counted.
 """
 
 from __future__ import annotations
@@ -145,14 +146,26 @@ def make_stages(arm: str, cell: Cell, config: TrainConfig) -> tuple[StageConfig,
     return (stages[0], replace(stages[0], name="pair_again")) if cell.both_stages else stages
 
 
-def make_run(folder: Path, cell: Cell, arm: str, seed: int, rate: float, *, only_dev: bool = False) -> dict[str, Any]:
-    """Train and measure one run, or read what was found."""
+class HoursSpentError(Exception):
+    """No further run is begun."""
+
+
+def make_run(
+    folder: Path, cell: Cell, arm: str, seed: int, rate: float, hours: float, *, only_dev: bool = False
+) -> dict[str, Any]:
+    """Train and measure one run, or read what was found.
+
+    Raises:
+        HoursSpentError: it is not there, and the hours are spent.
+    """
     kind = "rates" if only_dev else "runs"
     place = folder / kind / cell.name / f"{arm}-{seed}" / f"{rate:g}"
-    result = place.with_suffix(".json")
+    result = place.parent / f"{place.name}.json"
     if result.is_file():
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return found
+    if sum_hours(folder) >= hours:
+        raise HoursSpentError
     say(f"{kind} {cell.name} {arm}, seed {seed}, learning rate {rate:g}")
     work = prepare(folder, cell.hidden)
     begin, wall = time.process_time(), time.time()
@@ -170,8 +183,8 @@ def make_run(folder: Path, cell: Cell, arm: str, seed: int, rate: float, *, only
         found["margins"] = measure_margins(work, encoder)
         found["before"] = measure_margins(work, DualEncoder.open(start, device="cpu"))
     found |= {"cpu_hours": (time.process_time() - begin) / 3600, "wall_hours": (time.time() - wall) / 3600}
-    shutil.rmtree(place)
     replace_file(result, json.dumps(found))
+    shutil.rmtree(place)
     return found
 
 
@@ -229,10 +242,10 @@ def measure_start(folder: Path) -> None:
         shutil.rmtree(folder / "start-vectors")
 
 
-def choose_rate(folder: Path, cell: Cell, arm: str) -> float:
+def choose_rate(folder: Path, cell: Cell, arm: str, hours: float) -> float:
     """Return the learning rate that is best on dev for an arm; cells with another start have one of their own."""
     judged = next(other for other in CELLS if other.start == cell.start)
-    found = {rate: make_run(folder, judged, arm, RATE_SEED, rate, only_dev=True)["dev"] for rate in RATES}
+    found = {rate: make_run(folder, judged, arm, RATE_SEED, rate, hours, only_dev=True)["dev"] for rate in RATES}
     return max(found, key=lambda rate: found[rate])
 
 
@@ -256,13 +269,14 @@ def main() -> None:
         return
     quiet_libraries()
     measure_start(options.work)
-    for cell in cells:
-        for seed in cell.seeds:  # seed by seed, so that an unfinished cell has all arms of some seeds
-            for arm in cell.arms:
-                if sum_hours(options.work) >= options.hours:
-                    say("the hours are spent")
-                    return
-                make_run(options.work, cell, arm, seed, choose_rate(options.work, cell, arm))
+    # Seed by seed, so that an unfinished cell has all arms of some seeds.
+    runs = [(cell, seed, arm) for cell in cells for seed in cell.seeds for arm in cell.arms]
+    try:
+        for cell, seed, arm in runs:
+            rate = choose_rate(options.work, cell, arm, options.hours)
+            make_run(options.work, cell, arm, seed, rate, options.hours)
+    except HoursSpentError:
+        say("the hours are spent")
 
 
 if __name__ == "__main__":

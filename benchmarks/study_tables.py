@@ -122,15 +122,18 @@ def print_relation(results: dict[str, dict[int, Result]], name: str) -> None:
     for arm, found in results.items():
         if not found:
             continue
-        before = _find_violated(next(iter(found.values()))["before"])
-        after = np.mean([np.mean(list(_find_violated(result["margins"]).values())) for result in found.values()])
-        line = f"s(q,p+) <= s(p+,p-)  {arm:16} {np.mean(list(before.values())):.1%} of {len(before)} triples before, "
-        line += f"{after:.1%} after"
-        scores = _mean_queries(list(found.values()), name)
+        parts = [[_find_violated(result[key]) for key in ("before", "margins")] for result in found.values()]
+        shares = np.mean([[np.mean(list(part.values())) for part in seed] for seed in parts], axis=0)
+        line = (
+            f"s(q,p+) <= s(p+,p-)  {arm:16} {shares[0]:.1%} of {len(parts[0][0])} triples before, {shares[1]:.1%} after"
+        )
         for title, flag in (("violated before", True), ("others", False)):
-            values = [100 * scores[q] for q, violated in before.items() if violated == flag and q in scores]
-            if values:
-                line += f"; {title} ({len(values)}): {MEASURE} {np.mean(values):.2f}"
+            means = []  # of each seed: every one may have a start of its own
+            for result, (before, _) in zip(found.values(), parts, strict=True):
+                scores = result["sets"][name][MEASURE]
+                means.append([100 * scores[q] for q, violated in before.items() if violated == flag and q in scores])
+            if all(means):
+                line += f"; {title} (about {len(means[0])}): {MEASURE} {np.mean([np.mean(m) for m in means]):.2f}"
         print(line)
 
 

@@ -28,6 +28,8 @@ from pairdr.rows import RowReader
 if TYPE_CHECKING:
     import regex
 
+ANSWERS = "answers.jsonl"
+"""Where a BEIR folder keeps the accepted answers of its questions."""
 Answers = dict[str, tuple[str, ...]]
 """query_id to the answers that are accepted."""
 

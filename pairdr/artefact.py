@@ -247,6 +247,8 @@ def _seal_manifest(manifest: Manifest) -> dict[str, Any]:
 
 def _find_missing(manifest: Manifest, folder: Path) -> str | None:
     for name, entry in manifest.files.items():
+        if name == UNSEALED:  # of a pairdr that named it
+            continue
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != entry["bytes"]:
             size = entry["bytes"]
@@ -262,7 +264,7 @@ def verify_artefact(folder: str | Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        if hash_file(Path(folder) / name) != entry["sha256"]:
+        if name != UNSEALED and hash_file(Path(folder) / name) != entry["sha256"]:
             raise ArtefactError(
                 f"{name} is not the file that was written: its sha256 differs.",
                 path=folder,
@@ -294,7 +296,9 @@ def _seal(staging: Path, kind: str, options: dict[str, Any], inputs: dict[str, s
     from pairdr import __version__
 
     files = {}
-    for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.name not in (MANIFEST, UNSEALED)):
+    for path in sorted(
+        p for p in staging.rglob("*") if p.is_file() and p not in (staging / MANIFEST, staging / UNSEALED)
+    ):
         with path.open("rb+") as stream:
             os.fsync(stream.fileno())
         files[path.relative_to(staging).as_posix()] = describe_file(path)

@@ -17,7 +17,7 @@ from pairdr.artefact import UNSEALED, Manifest, read_manifest
 from pairdr.collection import Collection
 from pairdr.compare import find_interval
 from pairdr.config import EvaluateConfig
-from pairdr.encoder import describe_use
+from pairdr.encoder import describe_use, is_edited, sign_card
 from pairdr.files import replace_file
 from pairdr.measures import PerQuery
 from pairdr.sources.minilm import HUB_NAME
@@ -49,7 +49,9 @@ class Measured:
 
 
 def write_card(model: str | Path, start: str | Path, collection: Collection, measured: Measured | None = None) -> None:
-    """Write the card of a trained model into its folder, over the one that is there.
+    """Write the card of a trained model into its folder.
+
+    One that somebody edited stays as it is, and so does one of the same weights where nothing was measured anew.
 
     Args:
         model: the model's folder.
@@ -62,8 +64,12 @@ def write_card(model: str | Path, start: str | Path, collection: Collection, mea
     """
     manifest = read_manifest(model, "model")
     base = str(read_manifest(start, "model").options.get("start", ""))
-    text = format_card(manifest, _name_start(base), collection, measured)
-    replace_file(Path(model) / UNSEALED, text)
+    text = sign_card(format_card(manifest, _name_start(base), collection, measured))
+    path = Path(model) / UNSEALED
+    present = path.read_text(encoding="utf-8") if path.is_file() else ""
+    is_known = measured is None and manifest.facts["weights_sha256"] in present
+    if not is_known and not (present and is_edited(present)):
+        replace_file(path, text)
 
 
 def read_measured(report: str | Path, system: str, config: EvaluateConfig) -> Measured:
@@ -92,7 +98,7 @@ def format_card(manifest: Manifest, base: str, collection: Collection, measured:
         _LIMITS.rstrip(),
         _format_origin(manifest),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in parts if part)
 
 
 def _name_start(start: str) -> str:

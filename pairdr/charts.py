@@ -51,7 +51,8 @@ class Axis:
     def __init__(self, values: Sequence[float], start: float, end: float, *, whole: bool = False) -> None:
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         if low == high:
-            low, high = low - 0.5, high + 0.5
+            room = max(0.5, abs(low) / 1000)
+            low, high = low - room, high + room
         self.low, self.high, self.ticks = low, high, list_ticks(low, high, whole=whole)
         self.start, self.end = start, end
 

@@ -103,7 +103,7 @@ class DualEncoder:
         facts = facts or {}
         with publish(folder, "model", options=options, inputs=inputs) as staging:
             self.model.save(str(staging.path), create_model_card=False)
-            card = "# A dense passage retriever\n\n" + describe_use(self.contract) + "\n"
+            card = sign_card("# A dense passage retriever\n\n" + describe_use(self.contract))
             (staging.path / UNSEALED).write_text(card, encoding="utf-8")
             for name, text in (files or {}).items():
                 (staging.path / name).write_text(text, encoding="utf-8")
@@ -231,8 +231,6 @@ def push_model(folder: str | Path, repository: str, *, private: bool = False) ->
         ArtefactError: no model there.
         UsageError: the hub refused it, or cannot be reached.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
     encoder = DualEncoder.open(folder, device="cpu")
     try:
         return encoder.model.push_to_hub(
@@ -242,8 +240,8 @@ def push_model(folder: str | Path, repository: str, *, private: bool = False) ->
             exist_ok=True,
             commit_message="A model of pairdr",
         )
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the hub's library and of the one that carries it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"The hub did not take the model: {reason}.",
             path=repository,
@@ -256,6 +254,17 @@ def _strip_padding(tokenizer: str) -> str:
     return json.dumps(
         {key: value for key, value in json.loads(tokenizer).items() if key not in ("truncation", "padding")}
     )
+
+
+def sign_card(text: str) -> str:
+    """Return a card with a line at its end, unseen where it is shown, by which one sees whether anybody edited it."""
+    return f"{text}\n\n<!-- written by pairdr {hash_json(text)[:16]} -->\n"
+
+
+def is_edited(card: str) -> bool:
+    """Return whether a card is not as it was written."""
+    text, _, _ = card.rpartition("\n\n<!--")
+    return card != sign_card(text)
 
 
 def describe_use(contract: Contract) -> str:

@@ -150,6 +150,11 @@ def open_candidates(path: str | Path, collection: Collection) -> Candidates:
         return read_candidates(path)
     run = read_run(Path(path))
     train = collection.qrels("train")
+    if collection.held_out:
+        seen = {*train, *collection.pool}
+        run = Run.from_mapping(
+            {q: [hit for hit in run[q] if q not in seen or hit.passage_id not in collection.held_out] for q in run}
+        )
     negatives = Run.from_mapping(
         {
             query_id: [

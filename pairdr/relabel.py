@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pairdr.answers import ANSWERS
 from pairdr.artefact import publish, read_manifest
 from pairdr.collection import Collection, open_collection
 from pairdr.errors import DataError, UsageError
@@ -29,7 +30,7 @@ from pairdr.formats import Examples, write_examples, write_qrels
 from pairdr.label import SOURCES
 from pairdr.records import Example, Qrels, positives_of
 
-TEXTS = ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz")
+TEXTS = ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz", ANSWERS)
 
 
 @dataclass

@@ -318,7 +318,7 @@ def _gather(read: Callable[[], T]) -> T | Absent:
         return read()
     except PairdrError as error:
         return Absent(" ".join([error.what, *([error.remedy] if error.remedy else [])]))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, KeyError, IndexError, ValueError, TypeError):
         return Absent("A file of this part cannot be read.")
 
 

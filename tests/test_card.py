@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from pairdr.card import read_measured, write_card
 from pairdr.collection import open_collection
 from pairdr.config import DataConfig, EvaluateConfig, MineConfig, ModelConfig, RunConfig, TeachConfig, TrainConfig
 from pairdr.encoder import DualEncoder
+from pairdr.files import hash_json
 from pairdr.pipeline import RunResult, run_pipeline
 from pairdr.table import TITLES, read_values
 
@@ -96,12 +98,40 @@ def test_a_card_may_be_edited(finished: RunResult, toy: Path) -> None:
 
 def test_a_model_that_nobody_measured_says_so(finished: RunResult, toy: Path) -> None:
     models = finished.work / "models"
-    text = (models / "pair" / "README.md").read_text(encoding="utf-8")
+    path = models / "pair" / "README.md"
+    text = path.read_text(encoding="utf-8")
     write_card(models / "pair", models / "start", open_collection(toy))
-    bare = (models / "pair" / "README.md").read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text  # of the same weights, and it has measures
+    path.unlink()
+    write_card(models / "pair", models / "start", open_collection(toy))
+    bare = path.read_text(encoding="utf-8")
     assert "Not measured yet" in bare
     assert "Licence of the data: not given" in bare
-    (models / "pair" / "README.md").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
+
+
+def test_an_edited_card_is_left_as_it_is(finished: RunResult, toy: Path) -> None:
+    models, data = finished.work / "models", open_collection(toy)
+    path = models / "pair" / "README.md"
+    text = path.read_text(encoding="utf-8")
+    measured = read_measured(finished.work / "report", "pair", EvaluateConfig(resamples=200))
+    for edited in (text.replace("Intended use", "Use"), "mine"):
+        path.write_text(edited, encoding="utf-8")
+        write_card(models / "pair", models / "start", data, measured)
+        assert path.read_text(encoding="utf-8") == edited
+    path.write_text(text, encoding="utf-8")
+    write_card(models / "pair", models / "start", data, measured)
+    assert "not given" in path.read_text(encoding="utf-8")  # the licence: this one was written anew
+    path.write_text(text, encoding="utf-8")
+
+
+def test_a_card_that_an_older_manifest_names_may_be_edited_too(finished: RunResult, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished.work / "models" / "pair", tmp_path / "old"))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["seal"]
+    manifest["files"]["README.md"] = {"sha256": "0" * 64, "bytes": 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"seal": hash_json(manifest)}), encoding="utf-8")
+    verify_artefact(folder)
 
 
 def test_the_licence_of_the_data_changes_nothing_that_is_made(toy: Path) -> None:
@@ -133,9 +163,11 @@ class Hub(ThreadingHTTPServer):
         self.made: list[dict[str, Any]] = []
         self.refuses = False
 
+    address_override: str | None = None
+
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return self.address_override or f"http://127.0.0.1:{self.server_port}"
 
 
 class Desk(BaseHTTPRequestHandler):
@@ -203,6 +235,14 @@ def test_a_model_is_uploaded_with_its_card(hub: Hub, finished: RunResult) -> Non
     assert hub.made[0]["visibility"] == "private"
     sent = {path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()}
     assert hub.files == sent
+
+
+def test_a_hub_that_cannot_be_reached_is_named_in_one_sentence(hub: Hub, finished: RunResult) -> None:
+    hub.address_override = "http://127.0.0.1:9"
+    outcome = push(hub, finished.work / "models" / "pair")
+    assert outcome.returncode == 2
+    assert "The hub did not take the model" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
 
 
 def test_a_hub_that_refuses_is_named_in_one_sentence(hub: Hub, finished: RunResult) -> None:

@@ -363,6 +363,17 @@ def test_a_trec_run_of_another_tool_can_stand_in(toy_parts: Parts, tmp_path: Pat
     found.require_collection(data)
 
 
+def test_held_out_passages_of_such_a_run_are_dropped_for_training_queries(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "held-out.txt").write_text("ashford-river\n", encoding="utf-8")
+    data = open_collection(toy, DataConfig(held_out=tmp_path / "held-out.txt"))
+    query_id, pool_id, other_id = next(iter(data.qrels("train"))), data.pool[0], next(iter(data.qrels("dev")))
+    hits = [Scored("ashford-river", 3.0), Scored("ryde-school", 1.0)]
+    write_trec_run(tmp_path / "x.trec", Run.from_mapping(dict.fromkeys((query_id, pool_id, other_id), hits)), "x")
+    found = open_candidates(tmp_path / "x.trec", data)
+    assert found.merged[query_id] == found.student[pool_id] == found.negatives[query_id] == hits[1:]
+    assert found.merged[other_id] == hits
+
+
 def test_a_near_copy_of_a_positive_in_such_a_run_is_no_negative(
     make: Callable[..., Collection], tmp_path: Path
 ) -> None:

@@ -516,6 +516,14 @@ def test_other_keys_empty_fields_and_metadata(tmp_path: Path) -> None:
     assert data.labels("dev") == {"7": {"2": 1}}
 
 
+def test_a_title_that_is_no_text_is_named(tmp_path: Path) -> None:
+    place = write_repository(tmp_path / "copy", *FORMS["json lines"])
+    write_records(place / "corpus.jsonl", [{"_id": "p1", "title": 3, "text": "three"}])
+    with pytest.raises(DataError, match="a title is a text") as caught:
+        open_collection(f"hf:{place}")
+    assert caught.value.line == 1
+
+
 def test_splits_can_be_named_and_questions_of_others_stay_out(tmp_path: Path) -> None:
     place = write_repository(tmp_path / "copy", *FORMS["json lines"])
     data = open_collection(f"hf:{place},train=train,test=validation")

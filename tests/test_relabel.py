@@ -178,6 +178,13 @@ def test_all_else_of_the_data_is_as_it_was(apply: Apply) -> None:
     assert (examples.facts["labelled"], apply.facts["examples"]["labelled"]) == (3, 3)
 
 
+def test_answers_go_along(apply: Apply) -> None:
+    path = apply.plant.open().source / "answers.jsonl"
+    path.write_text('{"_id": "t0", "answers": ["yes"]}\n', encoding="utf-8")
+    apply({("negative", "t0", "p21"): "relabel"})
+    assert (apply.output / "answers.jsonl").read_bytes() == path.read_bytes()
+
+
 def test_a_made_dev_split_stays_the_same(apply: Apply) -> None:
     del apply.plant.qrels["dev"]
     before = apply.plant.open(dev_queries=1)

@@ -484,6 +484,14 @@ def test_a_damaged_file_costs_its_part_of_the_page(copy: Path, name: str) -> Non
     assert absent == [{"models": "training", "report": "changes", "check": "data"}[name.split("/")[0]]]
 
 
+def test_a_log_without_lines_costs_its_part_of_the_page(copy: Path) -> None:
+    for path in copy.glob("models/*/training.jsonl"):
+        path.write_text("", encoding="utf-8")
+    page = read_page(copy)
+    assert HOSTILE not in page.texts["training"]
+    assert page.texts["geometry"]
+
+
 def test_a_folder_of_an_earlier_pairdr_has_a_page(copy: Path, data: Path) -> None:
     path = copy / "state.json"
     state = json.loads(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pairdr.answers import read_answers
+from pairdr.answers import ANSWERS, read_answers
 from pairdr.artefact import publish, read_manifest
 from pairdr.collection import Collection
 from pairdr.errors import ArtefactError, DataError, UsageError
@@ -26,7 +26,6 @@ from pairdr.exchange.corpora import (
     write_tevatron_old_corpus,
 )
 from pairdr.exchange.files import write_columns
-from pairdr.exchange.imports import ANSWERS
 from pairdr.exchange.training import (
     ROWS,
     Candidate,

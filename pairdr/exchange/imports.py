@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from pairdr.answers import ANSWERS
 from pairdr.artefact import publish
 from pairdr.collection import Collection, open_collection
 from pairdr.config import DataConfig
@@ -45,8 +46,6 @@ READERS: dict[str, RowReader] = {
     "flagembedding": read_flagembedding,
     "rocketqa": read_rocketqa,
 }
-ANSWERS = "answers.jsonl"
-"""Where a BEIR folder keeps the accepted answers of its questions."""
 _CORPUS_FILES = ("collection.tsv", "para.txt", "corpus.tsv")
 _QRELS_FILE = re.compile(r"qrels\.(.+?)\.tsv(?:\.gz)?")
 _QUERIES_FILE = re.compile(r"queries\.(.+?)\.tsv(?:\.gz)?|(.+?)\.query\.txt(?:\.gz)?")

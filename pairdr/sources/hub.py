@@ -159,23 +159,23 @@ def _read_records(paths: Sequence[Path]) -> Iterator[tuple[Path, int, dict[str, 
                 for batch in table.iter_batches():
                     yield from ((path, done + at, record) for at, record in enumerate(batch.to_pylist(), start=1))
                     done += batch.num_rows
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
             raise DataError("This is no Parquet file, or a broken one.", path=path, remedy="Fetch it again.") from error
 
 
 def _read_rows(paths: Sequence[Path]) -> Iterator[Row]:
     for path, number, record in _read_records(paths):
-        text_id, text = record.get("_id", record.get("id")), record.get("text", 0)
-        if text_id is None or not isinstance(text, str | None):
+        text_id, text, title = record.get("_id", record.get("id")), record.get("text", 0), record.get("title")
+        if text_id is None or not isinstance(text, str | None) or not isinstance(title, str | None):
             raise DataError(
-                f"A record needs _id and text; here are: {', '.join(record)}.",
+                f"A record needs _id and text, and a title is a text; here are: {', '.join(record)}.",
                 path=path,
                 line=number,
                 remedy="Write a BEIR folder from it.",
             )
         metadata = record.get("metadata")
         known = metadata if isinstance(metadata, dict) else None
-        yield make_row(str(text_id), text, record.get("title"), known)
+        yield make_row(str(text_id), text, title, known)
 
 
 def _read_labels(paths: Sequence[Path]) -> Qrels:
