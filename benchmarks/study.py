@@ -181,7 +181,7 @@ def make_run(
     if not only_dev:
         found["sets"] = {name: measure_set(folder, encoder, name, place / "vectors") for name in SETS}
         found["margins"] = measure_margins(work, encoder)
-        found["before"] = measure_margins(work, DualEncoder.open(start, device="cpu"))
+        found["before"] = measure_before(work, start, folder)
     found |= {"cpu_hours": (time.process_time() - begin) / 3600, "wall_hours": (time.time() - wall) / 3600}
     replace_file(result, json.dumps(found))
     shutil.rmtree(place)
@@ -228,6 +228,16 @@ def measure_margins(work: Work, encoder: DualEncoder) -> dict[str, list[float]]:
     pairs = [(query, positive), (query, negative), (positive, negative)]
     values = np.round(np.array([np.einsum("nd,nd->n", one, other) for one, other in pairs]), 5)
     return {triple[0].query_id: row for triple, row in zip(triples, values.T.tolist(), strict=True)}
+
+
+def measure_before(work: Work, start: Path, folder: Path) -> dict[str, list[float]]:
+    """Return the margins of a start model, measured once for each share of hidden labels."""
+    place = folder / "before" / f"{work.folder.name}-{start.name}.json"
+    if not place.is_file():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(place, json.dumps(measure_margins(work, DualEncoder.open(start, device="cpu"))))
+    margins: dict[str, list[float]] = json.loads(place.read_text(encoding="utf-8"))
+    return margins
 
 
 def measure_start(folder: Path) -> None:
