@@ -53,7 +53,7 @@ SETS = ("en_qa_mix", "vaswani_npl", "cacm", "nq_small")
 MEASURES = ("RR@10", "nDCG@10", "R@100")
 QUERIES, DATA_SEED = 10_000, 13
 STEPS, BATCH, LAYERS = 300, 32, 3
-RATES, RATE_SEED = (2e-5, 5e-5, 1e-4, 3e-4), 1000
+RATES, RATE_SEED = (5e-5, 1e-4, 3e-4), 1000
 TRIPLES = 2000
 MODEL = ModelConfig(start="minilm", layers=LAYERS, query_length=32, passage_length=96, device="cpu")
 TRAIN = TrainConfig(
