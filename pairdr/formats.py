@@ -34,7 +34,8 @@ EXAMPLE_SCHEMA = pa.schema(
         ("negative_scores", pa.list_(pa.float32())),
     ]
 )
-_BREAKS = re.compile(r"[\t\n\r]")
+BREAKS = re.compile(r"[\t\n\r]")
+"""What a tab-separated column cannot hold."""
 _BLANK = re.compile(r"\s")
 PASSAGE_KEYS = ("_id", "title", "text", "metadata")
 """The keys of a line of corpus.jsonl, in the order of `Passage`."""
@@ -107,8 +108,44 @@ def read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[st
                 item = str(item)
             if not isinstance(item, str) or (key == "_id" and not item.strip()):
                 raise DataError(f'"{key}" is missing or is no string.', path=path, line=number, remedy="Add it.")
-            row.append(_require_clean(item, key, path, number))
+            require = require_id if key == "_id" else require_clean
+            row.append(require(item, f'"{key}"', path, number))
         yield number, row
+
+
+def require_clean(text: str, name: str, path: Path, line: int) -> str:
+    """Return a text, unless it cannot be stored: with a NUL character, or half a surrogate pair.
+
+    Args:
+        text: what was read.
+        name: what the error calls it.
+        path: of the file.
+        line: that it stands in.
+
+    Raises:
+        DataError: naming file and line.
+    """
+    if "\0" in text:
+        raise DataError(f"{name} has a NUL character.", path=path, line=line, remedy="Remove it.")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name} has half a surrogate pair.", path=path, line=line, remedy="Remove it.") from error
+    return text
+
+
+def require_id(text: str, name: str, path: Path, line: int) -> str:
+    """Return an id, empty if it is blank; arguments and errors as of `require_clean`.
+
+    Raises:
+        DataError: also for a tab or a line break, which qrels and runs cannot hold.
+    """
+    if BREAKS.search(text):
+        raise DataError(
+            f"{name} has a tab or a line break.", path=path, line=line, remedy="Qrels and runs need ids without."
+        )
+    return require_clean(text, name, path, line) if text.strip() else ""
 
 
 def read_passages(path: Path) -> Iterator[Passage]:
@@ -130,11 +167,11 @@ def read_unlabelled(path: Path) -> Iterator[tuple[int, str, str]]:
             query_id = value.get("_id", f"{path.name}:{number}")
             if type(query_id) not in (int, str) or not str(query_id).strip():
                 raise DataError('"_id" is no string.', path=path, line=number, remedy="Mend it or leave it out.")
-            query_id = _require_clean(str(query_id), "_id", path, number)
-            yield number, query_id, _require_clean(text, "text", path, number)
+            query_id = require_id(str(query_id), '"_id"', path, number)
+            yield number, query_id, require_clean(text, '"text"', path, number)
     else:
         for number, text in read_lines(path):
-            yield number, f"{path.name}:{number}", _require_clean(text.strip(), "text", path, number)
+            yield number, f"{path.name}:{number}", require_clean(text.strip(), '"text"', path, number)
 
 
 def read_qrels(path: Path) -> Qrels:
@@ -339,17 +376,3 @@ def _write_metadata(value: Any, path: Path, number: int) -> str:
             '"metadata" is no object.', path=path, line=number, remedy='Write {"field": value, ...}, or leave it out.'
         )
     return json.dumps(value, sort_keys=True)
-
-
-def _require_clean(text: str, key: str, path: Path, line: int) -> str:
-    if "\0" in text:
-        raise DataError(f'"{key}" has a NUL character.', path=path, line=line, remedy="Remove it.")
-    if key == "_id" and _BREAKS.search(text):
-        raise DataError(
-            '"_id" has a tab or a line break.', path=path, line=line, remedy="Qrels and runs need ids without."
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f'"{key}" has half a surrogate pair.', path=path, line=line, remedy="Remove it.") from error
-    return text

@@ -15,11 +15,10 @@ from pairdr.exchange.files import (
     read_objects,
     read_quoted_columns,
     read_title,
-    require_id,
     write_columns,
     write_objects,
 )
-from pairdr.formats import read_lines
+from pairdr.formats import read_lines, require_id
 from pairdr.records import Passage, Query
 
 CorpusWriter = Callable[[Path, Iterable[Passage], Counter[str]], None]

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from pairdr.errors import DataError, UsageError
-from pairdr.formats import read_jsonl, read_lines
+from pairdr.formats import BREAKS, read_jsonl, read_lines, require_clean, require_id
 
 NO_TITLE = "-"
 """What RocketQA writes where there is no title."""
 CHANGED = "texts with tabs or line breaks made blanks"
-_BREAKS = re.compile(r"[\t\n\r]")
 _SPACE = re.compile(r"\s*")
 _HEAD = 4096  # bytes that tell an array from lines
 _CHUNK = 1 << 20  # characters of an array that are read at a time
@@ -197,7 +196,7 @@ def write_columns(stream: IO[str], tally: Counter[str], *columns: str) -> None:
 
 def flatten(text: str, tally: Counter[str]) -> str:
     """Return a text with a blank for each tab and line break, and count it if it had one."""
-    flat = _BREAKS.sub(" ", text)
+    flat = BREAKS.sub(" ", text)
     tally[CHANGED] += flat != text
     return flat
 
@@ -220,33 +219,6 @@ def write_objects(path: Path, values: Iterable[dict[str, Any]]) -> int:
 def dump_json(value: Any) -> str:
     """Return a value as one line of JSON."""
     return json.dumps(value, ensure_ascii=False)
-
-
-def require_clean(text: str, name: str, path: Path, line: int) -> str:
-    """Return a text, unless it cannot be stored: with a NUL character, or half a surrogate pair.
-
-    Raises:
-        DataError: naming file and line.
-    """
-    if "\0" in text:
-        raise DataError(f"{name} has a NUL character.", path=path, line=line, remedy="Remove it.")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"{name} has half a surrogate pair.", path=path, line=line, remedy="Remove it.") from error
-    return text
-
-
-def require_id(text: str, name: str, path: Path, line: int) -> str:
-    """Return an id, empty if it is blank.
-
-    Raises:
-        DataError: a tab or a line break, which qrels and runs cannot hold.
-    """
-    if _BREAKS.search(text):
-        raise DataError(f"{name} has a tab or a line break.", path=path, line=line, remedy="Qrels need ids without.")
-    return require_clean(text, name, path, line) if text.strip() else ""
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
