@@ -25,12 +25,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pairdr.artefact import publish, read_manifest
+from pairdr.artefact import publish
 from pairdr.collection import Collection, normalise_text
 from pairdr.errors import UsageError
 from pairdr.evidence import AuditSources, Case, find_ranks, open_rows, rank_systems, read_cases, scores_of
 from pairdr.findings import AUDIT_FILE, KINDS, Finding, read_audit, shorten_text, write_audit
-from pairdr.label import measure_precision
+from pairdr.label import measure_precision, require_same_data
 from pairdr.mine import jaccard_grams
 from pairdr.records import Example, Run, positives_of
 from pairdr.store_config import AuditConfig
@@ -67,11 +67,8 @@ def audit_labels(
         UsageError: an audit with marks stands there already.
         ArtefactError: examples or candidates of other data.
     """
-    from pairdr.train import require_same_data
-
     _require_unmarked(Path(output))
-    require_same_data(sources.examples, collection)
-    examples = read_manifest(sources.examples, "examples").fingerprint
+    examples = require_same_data(sources.examples, collection)
     inputs = {"collection": collection.fingerprint, "examples": examples, **sources.inputs}
     if sources.candidates is not None:
         sources.candidates.require_collection(collection)

@@ -14,20 +14,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pairdr.artefact import publish
+from pairdr.artefact import publish, read_manifest
 from pairdr.collection import Collection
 from pairdr.config import LabelConfig
-from pairdr.errors import RefusedError
+from pairdr.errors import ArtefactError, RefusedError
 from pairdr.files import write_json
 from pairdr.formats import write_examples
 from pairdr.mine import Candidates, is_near_copy
 from pairdr.progress import show_progress
 from pairdr.records import Example, Qrels, Run, Scored, positives_of, split_blocks
-from pairdr.teachers import Teacher
+
+if TYPE_CHECKING:
+    from pairdr.teachers import Teacher
 
 BLOCK = 64
 LEAST_SHARE, MOST_SHARE = 0.01, 0.95
@@ -123,6 +125,23 @@ def label_examples(
         if collection.pool:
             _require_yield(len(pseudo), len(collection.pool), calibration)
     return dict(facts)
+
+
+def require_same_data(examples: str | Path, collection: Collection) -> str:
+    """Return the fingerprint of examples, unless they were labelled on other data, or other splits of it.
+
+    Raises:
+        ArtefactError: naming both fingerprints.
+    """
+    manifest = read_manifest(examples, "examples")
+    found = manifest.inputs.get("collection", "")
+    if found != collection.fingerprint:
+        raise ArtefactError(
+            f"These examples were made from data {found[:12]}, this is {collection.fingerprint[:12]}.",
+            path=examples,
+            remedy="Use the same data and the same --hide-labels, --unlabelled and --data-seed, or label again.",
+        )
+    return manifest.fingerprint
 
 
 def calibrate(collection: Collection, ranked: Run, teacher: Teacher, config: LabelConfig) -> Calibration:

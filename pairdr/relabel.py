@@ -27,7 +27,7 @@ from pairdr.errors import DataError, UsageError
 from pairdr.files import hash_file
 from pairdr.findings import Finding, find_audit_file, read_audit_lines
 from pairdr.formats import Examples, write_examples, write_qrels
-from pairdr.label import SOURCES
+from pairdr.label import SOURCES, require_same_data
 from pairdr.records import Example, Qrels, positives_of
 
 TEXTS = ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz", ANSWERS)
@@ -82,8 +82,6 @@ def apply_audit(
     new_examples = None if examples is None else Path(examples_output or f"{output}.examples")
     _require_other_places(collection, output, examples, new_examples)
     if examples is not None:
-        from pairdr.train import require_same_data
-
         require_same_data(examples, collection)
     marked = [(line, finding) for line, finding in read_audit_lines(path) if finding.mark]
     if not marked:

@@ -24,6 +24,7 @@ from pairdr.config import StageConfig, TrainConfig
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, MissingExtraError, UsageError
 from pairdr.formats import Examples
+from pairdr.label import require_same_data
 from pairdr.loop import run_stage
 from pairdr.progress import say
 from pairdr.ranks import count_ranks, find_rank, take_from_first, wait_for_ranks
@@ -67,7 +68,7 @@ def train_model(
         DataError: too few examples.
         PairdrError: the loss is no longer finite.
     """
-    require_same_data(examples, collection)
+    fingerprint = require_same_data(examples, collection)
     accelerator = start_accelerator(device, config, Path(f"{output}.trackers"))
     device = device if count_ranks() == 1 else str(accelerator.device)
 
@@ -84,7 +85,7 @@ def train_model(
         inputs = {
             "collection": collection.fingerprint,
             "start": read_manifest(folder, "model").fingerprint,
-            "examples": read_manifest(examples, "examples").fingerprint,
+            "examples": fingerprint,
         }
         checkpoints = Checkpoints(Path(f"{place}.checkpoints"), options, inputs, config.save_total_limit)
         options |= {"ranks": count_ranks()}
@@ -105,21 +106,6 @@ def train_model(
     for tracker in accelerator.trackers:  # end_training would destroy the process group
         tracker.finish()
     return DualEncoder.open(output, device=device)
-
-
-def require_same_data(examples: str | Path, collection: Collection) -> None:
-    """Refuse examples that were labelled on other data, or other splits of it.
-
-    Raises:
-        ArtefactError: naming both fingerprints.
-    """
-    found = read_manifest(examples, "examples").inputs.get("collection", "")
-    if found != collection.fingerprint:
-        raise ArtefactError(
-            f"These examples were made from data {found[:12]}, this is {collection.fingerprint[:12]}.",
-            path=examples,
-            remedy="Use the same data and the same --hide-labels, --unlabelled and --data-seed, or label again.",
-        )
 
 
 def is_trained(folder: Path, options: dict[str, Any], inputs: dict[str, str]) -> bool:

@@ -68,6 +68,7 @@ LIGHT = (
         "check",
         "encode",
         "mine",
+        "label",
         "evaluate",
         "compare",
         "index",

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from pairdr.answers import ANSWERS, read_answers
-from pairdr.artefact import publish, read_manifest
+from pairdr.artefact import publish
 from pairdr.collection import Collection
-from pairdr.errors import ArtefactError, DataError, UsageError
+from pairdr.errors import DataError, UsageError
 from pairdr.exchange.corpora import (
     CorpusWriter,
     write_candidate_pool,
@@ -39,6 +39,7 @@ from pairdr.exchange.training import (
     write_tevatron_old,
 )
 from pairdr.formats import Examples
+from pairdr.label import require_same_data
 from pairdr.records import Qrels, positives_of
 from pairdr.store_config import ExportDataConfig, TargetFormat
 
@@ -93,7 +94,9 @@ def export_data(
     """
     inputs = {"collection": collection.fingerprint}
     if examples is not None:
-        inputs["examples"] = _require_examples(examples, collection, target_format)
+        if target_format == "msmarco":
+            raise UsageError("MS MARCO's form has no place for examples.", remedy="Leave them out.")
+        inputs["examples"] = require_same_data(examples, collection)
     with publish(output, "exported-data", options={"to": target_format} | config.as_dict(), inputs=inputs) as staging:
         counts: Counter[str] = Counter({"passages": len(collection.passages)})
         CORPORA[target_format](staging.path, chain.from_iterable(collection.read_passages()), counts)
@@ -104,20 +107,6 @@ def export_data(
             _write_rows(collection, target_format, examples, config, staging.path, counts)
         staging.facts |= +counts
     return dict(staging.facts)
-
-
-def _require_examples(examples: Path, collection: Collection, target_format: str) -> str:
-    if target_format == "msmarco":
-        raise UsageError("MS MARCO's form has no place for examples.", remedy="Leave them out.")
-    manifest = read_manifest(examples, "examples")
-    found = manifest.inputs.get("collection", "")
-    if found != collection.fingerprint:
-        raise ArtefactError(
-            f"These examples were made from data {found[:12]}, this is {collection.fingerprint[:12]}.",
-            path=examples,
-            remedy="Use the same data and the same --hide-labels, --unlabelled and --data-seed.",
-        )
-    return manifest.fingerprint
 
 
 def _write_rows(
