@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 import tomllib
@@ -18,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pairdr.backends.exported import count_cores
 from pairdr.collection import Collection
 from pairdr.config import RunConfig, change_options
 from pairdr.errors import ArtefactError, UsageError
@@ -121,7 +121,7 @@ def describe_environment() -> dict[str, str]:
     from pairdr import __version__
 
     found = {"pairdr": __version__, "python": platform.python_version(), **_list_versions()}
-    found |= {"system": f"{platform.system()} {platform.machine()}", "cpu": _name_cpu(), "cores": str(_count_cores())}
+    found |= {"system": f"{platform.system()} {platform.machine()}", "cpu": _name_cpu(), "cores": str(count_cores())}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         found["gpu"] = str(torch.cuda.get_device_name())
@@ -192,7 +192,3 @@ def _name_cpu() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _count_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
