@@ -164,9 +164,8 @@ def measure_speed(work: Path, count: int, length: int, rounds: int, tokens_per_b
 def measure_quality(work: Path, length: int) -> None:
     """Print the ranking measures of the test split, and what int8 loses against fp32 torch."""
     from pairdr.collection import open_collection
-    from pairdr.gate import bootstrap_mean
     from pairdr.indexes.exact import search_exact
-    from pairdr.measures import compute_p_value, measure_run
+    from pairdr.measures import compute_p_value, find_interval, measure_run
     from pairdr.records import Run
 
     data = open_collection(Path(os.environ["PAIRDR_DATA"]) / "en_qa_mix")
@@ -192,7 +191,7 @@ def measure_quality(work: Path, length: int) -> None:
             base = found["nDCG@10"], vectors, ranked
         else:
             lost = np.array([base[0][query_id] - found["nDCG@10"][query_id] for query_id in query_ids])
-            low, high = bootstrap_mean(lost, SEED)
+            low, high = find_interval(lost, seed=SEED)
             whole = np.mean(list(base[0].values()))
             shared = [len({p for p, _ in ranked[q][:10]} & {p for p, _ in base[2][q][:10]}) / 10 for q in query_ids]
             mean, least = compare_rows(vectors, base[1])

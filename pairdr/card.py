@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pairdr.artefact import UNSEALED, Manifest, read_manifest
 from pairdr.collection import Collection
-from pairdr.compare import find_interval
 from pairdr.config import EvaluateConfig
 from pairdr.encoder import describe_use, is_edited, sign_card
 from pairdr.files import replace_file
-from pairdr.measures import PerQuery
+from pairdr.measures import PerQuery, find_interval
 from pairdr.sources.minilm import HUB_NAME
 from pairdr.table import TITLES, Table, read_table, read_values, say_p
 from pairdr.tokens import Contract
@@ -181,6 +178,6 @@ def _format_origin(manifest: Manifest) -> str:
 
 def _find_intervals(values: PerQuery, config: EvaluateConfig) -> dict[str, tuple[float, float]]:
     return {
-        name: find_interval(np.array(list(by_query.values())), config.resamples, config.test_seed)
+        name: find_interval(list(by_query.values()), resamples=config.resamples, seed=config.test_seed)
         for name, by_query in values.items()
     }

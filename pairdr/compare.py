@@ -18,7 +18,7 @@ from pairdr.errors import DataError, UsageError
 from pairdr.evaluate import PER_QUERY, read_evaluation
 from pairdr.files import write_json
 from pairdr.formats import read_run
-from pairdr.measures import PerQuery, compute_p_value, mean_measures, measure_run
+from pairdr.measures import PerQuery, compute_p_value, find_interval, mean_measures, measure_run
 from pairdr.records import Qrels
 from pairdr.search import WORK_FILE
 from pairdr.store_config import CompareConfig
@@ -137,7 +137,7 @@ def compare_values(
         SystemFacts(
             name,
             {other: float(np.mean([mean_measures(seed)[other] for seed in seeds])) for other in config.measures},
-            find_interval(values[name].mean(0), config.resamples, config.compare_seed),
+            find_interval(values[name].mean(0), resamples=config.resamples, seed=config.compare_seed),
             tuple(values[name].mean(1).tolist()),
         )
         for name, seeds in systems.items()
@@ -231,7 +231,7 @@ def _compare(
 ) -> Difference:
     differences = mine.mean(0) - theirs.mean(0)  # [Q]
     mean = float(differences.mean())
-    low, high = find_interval(differences, config.resamples, config.compare_seed)
+    low, high = find_interval(differences, resamples=config.resamples, seed=config.compare_seed)
     detectable = find_detectable(differences, comparisons, config.level, config.power)
     between = mine.mean(1)[:, None] - theirs.mean(1)[None]  # [S, S']
     shown = p_holm < config.level
@@ -268,23 +268,6 @@ def _stack(name: str, seeds: Sequence[PerQuery], measure: str, queries: Sequence
 def _test(mine: Values, theirs: Values, config: CompareConfig) -> float:
     one, other = ({str(at): float(value) for at, value in enumerate(values)} for values in (mine, theirs))
     return compute_p_value(one, other, resamples=config.resamples, seed=config.compare_seed)
-
-
-def find_interval(values: Values, resamples: int, seed: int) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean of values [Q]."""
-    from scipy.stats import bootstrap
-
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    found = bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=resamples,
-        batch=256,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def _deviation(seeds: Sequence[float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from pairdr.backends import Encoder
 from pairdr.collection import Collection
 from pairdr.errors import DataError, RefusedError
 from pairdr.indexes.exact import search_exact
-from pairdr.measures import measure_run
+from pairdr.measures import find_interval, measure_run
 from pairdr.records import Passage, Qrels, Query, Run, positives_of
 from pairdr.store_config import ExportConfig
 
@@ -21,7 +21,6 @@ LEAST_COSINE = {"fp32": 0.9999, "int8": 0.95}
 """Below it an export is broken, whatever the questions say: least over all texts in fp32, mean in int8."""
 MEASURE = "nDCG@10"
 DEPTH = 10
-RESAMPLES = 10_000
 
 _SENTENCES = (
     "The river rises in the hills and runs through the town.",
@@ -94,7 +93,7 @@ def judge_export(model: Encoder, export: Encoder, sample: Sample, config: Export
     runs = [_rank(sample, *pair) for pair in vectors]
     first, second = (measure_run(run, sample.qrels, [MEASURE])[MEASURE] for run in runs)
     lost = np.array([first[query_id] - second[query_id] for query_id in first])
-    low, high = bootstrap_mean(lost, config.export_seed)
+    low, high = find_interval(lost, seed=config.export_seed)
     return found | {
         "ndcg_model": float(np.mean(list(first.values()))),
         "ndcg_export": float(np.mean(list(second.values()))),
@@ -156,20 +155,3 @@ def _overlap(one: Run, other: Run) -> float:
         first, second = ({hit.passage_id for hit in run[query_id]} for run in (one, other))
         shares.append(len(first & second) / len(first))
     return float(np.mean(shares))
-
-
-def bootstrap_mean(values: Sequence[float] | npt.NDArray[np.float64], seed: int) -> tuple[float, float]:
-    """Return the 95 % interval of the mean: percentiles over resampled questions."""
-    from scipy.stats import bootstrap
-
-    if len(values) < 2:
-        return float(np.mean(values)), float(np.mean(values))
-    interval = bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        batch=256,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)

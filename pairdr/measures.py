@@ -125,6 +125,31 @@ def compute_p_value(
     return float(outcome.pvalue)
 
 
+def find_interval(
+    values: Sequence[float] | npt.NDArray[np.float64], *, resamples: int = 10000, seed: int = 13
+) -> tuple[float, float]:
+    """Return the 95 % interval of the mean: percentiles of the bootstrap.
+
+    Args:
+        values: [Q], one of each query; for a paired interval the differences.
+        resamples: samples of Q queries, drawn with replacement.
+        seed: of the draws.
+    """
+    from scipy.stats import bootstrap
+
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = bootstrap(
+        (np.asarray(values),),
+        np.mean,
+        n_resamples=resamples,
+        batch=256,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
 def _scores_by_rank(run: Run, query_id: str) -> dict[str, float]:
     hits = run[query_id]
     return {hit.passage_id: float(len(hits) - rank) for rank, hit in enumerate(hits)}

@@ -15,7 +15,6 @@ from exporting import share_graphs
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from pairdr import export as export_module
-from pairdr import gate
 from pairdr.artefact import read_manifest, verify_artefact
 from pairdr.backends import open_encoder
 from pairdr.backends.texts import pad_tokens
@@ -317,13 +316,6 @@ def test_dev_without_a_positive_is_refused(tmp_path: Path, write_beir: Callable[
     data = open_collection(write_beir(tmp_path / "data", {"p": "text"}, {"a": "one", "b": "two"}, qrels))
     with pytest.raises(DataError, match="No dev query has a relevant passage"):
         draw_sample(data, SMALL)
-
-
-def test_one_question_has_an_interval_of_its_own_loss() -> None:
-    assert gate.bootstrap_mean([0.25], 13) == (0.25, 0.25)
-    low, high = gate.bootstrap_mean([0.0, 0.0, 0.0, 1.0] * 25, 13)
-    assert 0.15 < low < 0.25 < high < 0.35
-    assert gate.bootstrap_mean([0.0, 0.0, 0.0, 1.0] * 25, 13) == (low, high)
 
 
 def test_calibration_texts_are_passages_and_training_queries(model: Path, collection: Collection) -> None:

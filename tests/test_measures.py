@@ -18,7 +18,14 @@ from pairdr.config import EvaluateConfig
 from pairdr.errors import ArtefactError, DataError, UsageError
 from pairdr.evaluate import evaluate_run, read_evaluation
 from pairdr.formats import read_qrels, read_run
-from pairdr.measures import compute_p_value, mean_measures, measure_run, parse_measures, reciprocal_ranks
+from pairdr.measures import (
+    compute_p_value,
+    find_interval,
+    mean_measures,
+    measure_run,
+    parse_measures,
+    reciprocal_ranks,
+)
 from pairdr.records import Run
 
 
@@ -194,6 +201,24 @@ def test_equal_systems_have_the_p_value_one() -> None:
 def test_systems_measured_on_different_questions_are_refused(other: dict[str, float]) -> None:
     with pytest.raises(DataError, match="different queries"):
         compute_p_value(by_query([1.0, 0.0]), other)
+
+
+# --- the interval -----------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_is_seeded_and_near_students() -> None:
+    from scipy.stats import ttest_1samp
+
+    values = list(random_values(1, 200).values())
+    low, high = find_interval(values)
+    assert (low, high) == find_interval(values, resamples=10000, seed=13) != find_interval(values, seed=14)
+    assert (low, high) == pytest.approx(ttest_1samp(values, 0).confidence_interval(0.95), abs=0.005)
+    assert find_interval([0.0, 0.0, 0.0, 1.0] * 25) == pytest.approx((0.17, 0.34), abs=0.02)
+
+
+@pytest.mark.parametrize("values", [[0.25], [0.25] * 9])
+def test_equal_values_have_an_interval_of_one_number(values: list[float]) -> None:
+    assert find_interval(values) == (0.25, 0.25)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
