@@ -20,7 +20,7 @@ from pairdr.mine import mine_candidates, read_candidates
 from pairdr.progress import say
 from pairdr.records import positives_of
 from pairdr.search import rank_dense, rank_words, write_search
-from pairdr.table import compare_systems, describe_fusion, describe_labels
+from pairdr.table import MAIN, compare_systems, describe_fusion, describe_labels
 from pairdr.teach import choose_teacher
 from pairdr.teachers import load_teacher, read_recipe
 from pairdr.train import count_steps, read_stage_examples, train_model
@@ -178,9 +178,10 @@ def evaluate(work: Work, split: str, systems: list[str]) -> None:
         work.path("report"),
         inputs={"collection": work.collection.fingerprint},
     )
+    measured = read_measured(work.path("report"), MAIN, work.config.evaluate)
+    start = work.path("models", "start")
     for arm in set(systems) & set(ARMS):
-        measured = read_measured(work.path("report"), arm, work.config.evaluate)
-        write_card(work.path("models", arm), work.path("models", "start"), work.collection, measured)
+        write_card(work.path("models", arm), start, work.collection, replace(measured, system=arm))
 
 
 def table_split(work: Work) -> str:

@@ -18,14 +18,17 @@ import numpy as np
 import pytest
 import yaml
 
+from pairdr import card, makers
 from pairdr.artefact import read_manifest, verify_artefact
 from pairdr.card import read_measured, write_card
 from pairdr.collection import open_collection
 from pairdr.config import DataConfig, EvaluateConfig, MineConfig, ModelConfig, RunConfig, TeachConfig, TrainConfig
 from pairdr.encoder import DualEncoder
 from pairdr.files import hash_json
+from pairdr.measures import find_interval
 from pairdr.pipeline import RunResult, run_pipeline
 from pairdr.table import TITLES, read_values
+from pairdr.work import Work
 
 if TYPE_CHECKING:
     from conftest import Parts
@@ -83,6 +86,26 @@ def test_intervals_are_those_of_the_values_per_query(finished: RunResult) -> Non
             spread = values.std(ddof=1) / np.sqrt(len(values))
             assert low <= values.mean() <= high
             assert (low, high) == pytest.approx(values.mean() + np.array([-1.96, 1.96]) * spread, abs=0.5 * spread)
+
+
+def test_all_cards_of_a_table_have_its_intervals_which_are_found_once(
+    finished: RunResult, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(evaluate=EvaluateConfig(measures=("RR@5",), resamples=200))
+    work = Work(shutil.copytree(finished.work, tmp_path / "work"), open_collection(toy), config)
+    systems, found = [row.system for row in finished.table.rows], []
+
+    def find_counted(values: list[float], **options: Any) -> tuple[float, float]:
+        found.append(values)
+        return find_interval(values, **options)
+
+    monkeypatch.setattr(card, "find_interval", find_counted)
+    makers.evaluate(work, "test", systems)
+    assert len(found) == len(systems)
+    for arm in ("labelled_only", "pair"):
+        _, body = read_card(work.folder, arm)
+        assert f"**{TITLES[arm]}** (this model)" in body
+        assert "| | RR@5 |" in body
 
 
 def test_a_card_may_be_edited(finished: RunResult, toy: Path) -> None:
