@@ -111,10 +111,15 @@ def evaluate_files(
         output: a folder for `per_query.json`.
 
     Raises:
-        UsageError: both labels and answers, or neither.
+        UsageError: both labels and answers, or neither; labels, and options of how answers are read.
     """
     found = read_run(run / "run.arrow" if run.is_dir() else run)
     if qrels is not None and answers.path is None and answers.data is None:
+        if answers != AnswerFiles():
+            raise UsageError(
+                "--queries, --split, --answer-mode and --on-duplicate go with --answers and --data.",
+                remedy="Leave them out: labels say which queries count; for a split, name its own labels.",
+            )
         return evaluate_run(found, read_qrels(qrels), config, output)
     if qrels is not None or answers.path is None or answers.data is None:
         raise UsageError("A run is measured by labels (QRELS), or by --answers in the passages of --data.")

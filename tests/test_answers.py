@@ -368,3 +368,15 @@ def test_a_run_is_measured_by_labels_or_by_answers(
         assert "by labels (QRELS), or by --answers in the passages of --data" in output
     assert call(capsys, "evaluate", run, *answers, "--data", corpus.source, "--measures", "RR@10")[0] == 2
     assert call(capsys, "evaluate", run, labels, "--measures", "answer_recall@20")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "options", [("--split", "test"), ("--answer-mode", "rocketqa"), ("--queries", "q.txt"), ("--on-duplicate", "first")]
+)
+def test_labels_have_no_use_for_options_of_answers(
+    capsys: pytest.CaptureFixture[str], corpus: Collection, place: Path, options: tuple[str, str]
+) -> None:
+    code, output = call(capsys, "evaluate", place / "run.trec", corpus.source / "qrels" / "test.tsv", *options)
+    assert code == 2
+    assert options[0] in output
+    assert "Leave them out: labels say which queries count; for a split, name its own labels." in output
