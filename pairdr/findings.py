@@ -2,15 +2,16 @@
 
 Fields are quoted as spreadsheets do it (a field with a tab, a quote or a line break stands in quotes, a quote is
 doubled), so what a spreadsheet saves as tab-separated UTF-8 is read again. Rows may be sorted and removed; of the
-columns only mark, kind, label and the two ids have to be there, in any order.
+columns only mark, kind, label and the two ids have to be there, in any order, and others may be added.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -25,6 +26,7 @@ MARKS = ("accept", "relabel", "drop")
 MOST_CHARACTERS = 400
 """Texts are shortened to this."""
 _NEEDED = ("mark", "kind", "label", "query_id", "passage_id")
+_SPECIAL = re.compile(r'[\t\n\r"]')
 _AS_TEXT = "If a spreadsheet changed it, import that column as text."
 
 
@@ -135,15 +137,11 @@ def read_audit_lines(path: str | Path) -> list[tuple[int, Finding]]:
 
 def write_audit(path: Path, findings: Iterable[Finding]) -> None:
     """Write findings as a whole: a reader sees the old file or the new one."""
-    text = io.StringIO()
-    writer = csv.writer(text, "excel-tab", lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows([_format(getattr(finding, name)) for name in _COLUMNS] for finding in findings)
-    replace_file(path, text.getvalue())
+    _write_rows(path, [_COLUMNS, *([_format(getattr(finding, name)) for name in _COLUMNS] for finding in findings)])
 
 
 def write_marks(path: str | Path, marks: Mapping[tuple[str, str], str]) -> list[Finding]:
-    """Set some marks in a file of findings and leave the others as they are.
+    """Set some marks in a file of findings and leave all else as it is, columns that people added too.
 
     Args:
         path: the file, or the folder of an audit.
@@ -159,8 +157,7 @@ def write_marks(path: str | Path, marks: Mapping[tuple[str, str], str]) -> list[
     unknown = [mark for mark in marks.values() if mark not in ("", *MARKS)]
     if unknown:
         raise UsageError(f"{unknown[0]!r} is no mark.", path=path, remedy=f"There are: {', '.join(MARKS)}.")
-    findings = read_audit(path)
-    strangers = marks.keys() - {finding.pair for finding in findings}
+    strangers = marks.keys() - {finding.pair for finding in read_audit(path)}
     if strangers:
         query_id, passage_id = min(strangers)
         raise UsageError(
@@ -168,9 +165,9 @@ def write_marks(path: str | Path, marks: Mapping[tuple[str, str], str]) -> list[
             path=path,
             remedy="Mark what the audit lists.",
         )
-    findings = [replace(finding, mark=marks.get(finding.pair, finding.mark)) for finding in findings]
-    write_audit(path, findings)
-    return findings
+    (_, header), *rows = _read_rows(path)
+    _write_rows(path, [header, *(_mark_row(header, row, marks, path, line) for line, row in rows)])
+    return read_audit(path)
 
 
 def find_audit_file(path: str | Path) -> Path:
@@ -202,6 +199,26 @@ def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(
             f"A row cannot be read: {error}.", path=path, line=line, remedy="Save it as tab-separated text in UTF-8."
         ) from error
+
+
+def _write_rows(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    lines = ["\t".join(map(_quote, row)) + "\n" for row in rows]
+    replace_file(path, "".join(lines))
+
+
+def _quote(cell: str) -> str:
+    """Return a cell as spreadsheets write it; the library's writer leaves a line's end of another kind bare."""
+    return '"' + cell.replace('"', '""') + '"' if _SPECIAL.search(cell) else cell
+
+
+def _mark_row(
+    header: list[str], row: list[str], marks: Mapping[tuple[str, str], str], path: Path, line: int
+) -> list[str]:
+    mark = marks.get(_parse_row(header, row, path, line).pair)
+    if mark is None:
+        return row
+    cells = zip_longest(header, row[: len(header)], fillvalue="")
+    return [mark if name == "mark" else cell for name, cell in cells]
 
 
 def _parse_row(header: list[str], row: list[str], path: Path, line: int) -> Finding:

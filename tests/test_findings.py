@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,44 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_audit(tmp_path / "d.tsv")
     with pytest.raises(UsageError, match=r"audit\.tsv: There is no such file\. Name what pairdr audit wrote"):
         read_audit(tmp_path)
+
+
+columns = st.dictionaries(
+    texts.filter(lambda name: name not in {spec.name for spec in fields(Finding)}),
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=5, max_size=5),
+    max_size=3,
+)
+
+
+@given(findings, columns, st.sampled_from(["", *MARKS]), st.randoms(use_true_random=False))
+def test_marking_leaves_every_other_cell_as_it_is(
+    tmp_path: Path, written: list[Finding], added: dict[str, list[str]], mark: str, random: Any
+) -> None:
+    path = tmp_path / AUDIT_FILE
+    write_audit(path, written)
+    with path.open(encoding="utf-8", newline="") as stream:
+        header, *table = csv.reader(stream, "excel-tab")
+    header = [*header, *added]
+    table = [[*row, *(cells[at] for cells in added.values())] for at, row in enumerate(table)]
+    order = random.sample(range(len(header)), len(header))
+    before = [[row[at] for at in order] for row in (header, *table)]
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, "excel-tab", quoting=csv.QUOTE_ALL).writerows(before)
+    marked = {found.pair for found in written if random.random() < 0.5}
+
+    found = write_marks(path, dict.fromkeys(marked, mark))
+    assert found == [replace(one, mark=mark) if one.pair in marked else one for one in written] == read_audit(path)
+    with path.open(encoding="utf-8", newline="") as stream:
+        after = list(csv.reader(stream, "excel-tab"))
+    place = before[0].index("mark")
+    assert [row[:place] + row[place + 1 :] for row in after] == [row[:place] + row[place + 1 :] for row in before]
+
+
+def test_rows_that_are_too_short_are_marked_too(tmp_path: Path) -> None:
+    header = "kind\tlabel\tquery_id\tpassage_id\tnote\tmark"
+    path = write_table(tmp_path / "a.tsv", "near_copy\tnegative\tq1\tp1", "", header=header)
+    write_marks(path, {("q1", "p1"): "drop"})
+    assert path.read_text(encoding="utf-8") == f"{header}\nnear_copy\tnegative\tq1\tp1\t\tdrop\n"
 
 
 def test_marks_are_set_and_taken_away_and_nothing_else_changes(tmp_path: Path) -> None:
