@@ -2,7 +2,8 @@
 
 Fields are quoted as spreadsheets do it (a field with a tab, a quote or a line break stands in quotes, a quote is
 doubled), so what a spreadsheet saves as tab-separated UTF-8 is read again. Rows may be sorted and removed; of the
-columns only mark, kind, label and the two ids have to be there, in any order, and others may be added.
+columns only mark, kind, label and the two ids have to be there, in any order, and others may be added. An id or a text
+that a spreadsheet would take for a formula has an apostrophe before it in the file, and only there.
 """
 
 from __future__ import annotations
@@ -87,10 +88,9 @@ _HINTS = get_type_hints(Finding)
 
 
 def shorten_text(text: str) -> str:
-    """Return a text on one line, cut; one that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Return a text on one line, cut."""
     line = " ".join(text.split())
-    line = line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 1].rstrip() + "…"
-    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 1].rstrip() + "…"
 
 
 def read_audit(path: str | Path) -> list[Finding]:
@@ -245,7 +245,7 @@ def _parse_row(header: list[str], row: list[str], path: Path, line: int) -> Find
 
 def _parse(cell: str, hint: Any) -> Any:
     if hint is str:
-        return cell
+        return cell.removeprefix("'") if _is_formula(cell) else cell
     try:
         return int(cell) if hint == int | None else float(cell.replace(",", "."))
     except ValueError:
@@ -253,4 +253,11 @@ def _parse(cell: str, hint: Any) -> Any:
 
 
 def _format(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}" if _is_formula(value) else value
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _is_formula(text: str) -> bool:
+    """Return whether a spreadsheet would take a text for a formula, but for apostrophes before it."""
+    return text.lstrip("'").startswith(("=", "+", "-", "@", "\t", "\r"))
