@@ -102,7 +102,7 @@ def publish(
         UsageError: something else than an artefact of this kind stands there.
     """
     folder = Path(folder)
-    _require_replaceable(folder, kind)
+    require_replaceable(folder, kind)
     key = hash_json([kind, dict(options), dict(inputs), FORMAT_VERSION])[:16]
     staging = folder.parent / f".{folder.name}.{key if resume else 'new'}.partial"
     with explain_failed_writes(folder):
@@ -273,8 +273,12 @@ def verify_artefact(folder: str | Path) -> Manifest:
     return manifest
 
 
-def _require_replaceable(folder: Path, kind: str) -> None:
-    """Refuse to replace what is not an artefact of this kind: publishing replaces the whole folder."""
+def require_replaceable(folder: Path, kind: str) -> None:
+    """Refuse to replace what is not an artefact of this kind: publishing replaces the whole folder.
+
+    Raises:
+        UsageError: something else stands there.
+    """
     if folder.name in ("", "..") or (folder.exists() and not folder.is_dir()):
         raise UsageError("This is no place for an output folder.", path=folder, remedy="Name a new folder.")
     if not folder.is_dir() or not any(folder.iterdir()):

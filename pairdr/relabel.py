@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pairdr.answers import ANSWERS
-from pairdr.artefact import publish, read_manifest
+from pairdr.artefact import publish, read_manifest, require_replaceable
 from pairdr.collection import Collection, open_collection
 from pairdr.errors import DataError, UsageError
 from pairdr.files import hash_file
@@ -74,15 +74,20 @@ def apply_audit(
         How many marks of each kind there were, and what changed.
 
     Raises:
-        UsageError: nothing is marked or would change, or the output is where the data are.
-        DataError: a row that does not fit the data: an unknown id, or a label that is another one by now.
+        UsageError: nothing is marked or would change, or an output is where something else is.
+        DataError: a row that does not fit the data: an unknown id, or a label that is another one by now; or examples
+            that cannot be read.
         ArtefactError: examples of other data.
     """
     path = find_audit_file(audit)
     new_examples = None if examples is None else Path(examples_output or f"{output}.examples")
     _require_other_places(collection, output, examples, new_examples)
-    if examples is not None:
+    rows: dict[str, Examples] = {}
+    if examples is not None and new_examples is not None:
+        # What cannot be renewed is refused before the new data are written.
         require_same_data(examples, collection)
+        require_replaceable(new_examples, "examples")
+        rows = {name: Examples.open(Path(examples) / f"{name}.arrow") for name in SOURCES}
     marked = [(line, finding) for line, finding in read_audit_lines(path) if finding.mark]
     if not marked:
         raise UsageError("No row is marked.", path=path, remedy="Write accept, relabel or drop into the column mark.")
@@ -109,7 +114,7 @@ def apply_audit(
         staging.facts |= facts
     if examples is not None and new_examples is not None:
         renewed = open_collection(output, collection.config)
-        facts["examples"] = _renew_examples(Path(examples), changes, renewed, hash_file(path), new_examples)
+        facts["examples"] = _renew_examples(Path(examples), rows, changes, renewed, hash_file(path), new_examples)
     return facts
 
 
@@ -208,17 +213,20 @@ def _write_data(collection: Collection, labels: Qrels, place: Path) -> None:
 
 
 def _renew_examples(
-    examples: Path, changes: Mapping[str, _Change], renewed: Collection, audit: str, output: Path
+    examples: Path,
+    rows: Mapping[str, Examples],
+    changes: Mapping[str, _Change],
+    renewed: Collection,
+    audit: str,
+    output: Path,
 ) -> dict[str, int]:
     """Write new examples and return how many rows each file has."""
     manifest = read_manifest(examples, "examples")
     inputs = {"collection": renewed.fingerprint, "examples": manifest.fingerprint, "audit": audit}
     with publish(output, "examples", options=manifest.options, inputs=inputs) as staging:
         counts = {
-            name: write_examples(
-                staging.path / f"{name}.arrow", _change_rows(Examples.open(examples / f"{name}.arrow"), changes)
-            )
-            for name in SOURCES
+            name: write_examples(staging.path / f"{name}.arrow", _change_rows(found, changes))
+            for name, found in rows.items()
         }
         for name in manifest.files:
             if not (staging.path / name).exists():

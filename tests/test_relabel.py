@@ -242,6 +242,22 @@ def test_nothing_is_replaced_that_is_read(plant: Plant, tmp_path: Path) -> None:
         apply_audit(collection, path, tmp_path / "new", examples=examples, examples_output=examples)
 
 
+def test_where_examples_cannot_be_renewed_nothing_is_written(plant: Plant, tmp_path: Path) -> None:
+    collection = plant.open()
+    examples = plant.sources(collection).examples
+    path = write_table(tmp_path / "a.tsv", "relabel\tnear_copy\tnegative\tt0\tp21")
+    taken = tmp_path / "new.examples" / "thesis.txt"
+    taken.parent.mkdir()
+    taken.touch()
+    with pytest.raises(UsageError, match=r"new\.examples: This folder holds other files"):
+        apply_audit(collection, path, tmp_path / "new", examples=examples)
+    broken = examples / "pseudo.arrow"
+    broken.write_bytes(bytes(broken.stat().st_size))
+    with pytest.raises(DataError, match=r"pseudo\.arrow: No examples in Arrow form here"):
+        apply_audit(collection, path, tmp_path / "new", examples=examples, examples_output=tmp_path / "other")
+    assert sorted(place.name for place in tmp_path.glob("*")) == ["a.tsv", "data", "examples", "new.examples"]
+
+
 def test_marks_are_not_written_back_twice(apply: Apply) -> None:
     apply({("negative", "t0", "p21"): "relabel"})
     with pytest.raises(DataError, match=r"marked\.tsv:2: Passage 'p21' is a positive of query 't0'"):
