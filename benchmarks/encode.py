@@ -2,6 +2,7 @@
 
     python benchmarks/encode.py speed --work FOLDER      seconds, ratios, share of the matrix-product peak, cosine
     python benchmarks/encode.py quality --work FOLDER    ranking on the test split, int8 against fp32
+    python benchmarks/encode.py profile --work FOLDER    where a pass of OpenVINO on one thread spends its time
     python benchmarks/encode.py peer --work FOLDER       sentence-transformers' own OpenVINO backend beside its default
 
 `peer` runs in an environment of its own, because that backend needs an older transformers than pairdr:
@@ -20,6 +21,7 @@ import os
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -31,6 +33,9 @@ from sentence_transformers import SentenceTransformer
 
 SEED = 13
 TARGETS = ("onnx", "openvino", "openvino-int8")
+PROFILED_TEXTS, PROFILED_TOKENS = 9, 113
+WARM = 3
+"""Passes before those that are profiled."""
 Contender = Callable[[], Any]
 
 
@@ -203,6 +208,52 @@ def measure_quality(work: Path, length: int) -> None:
         print(line, flush=True)
 
 
+def profile_pass(work: Path, count: int, length: int, rounds: int) -> None:
+    """Print the share of each type of node in the time of one pass, in fp32 and int8, on one thread."""
+    from pairdr.backends.openvino import FILE, SETTINGS, open_core
+    from pairdr.backends.texts import pad_tokens
+    from pairdr.records import Passage
+
+    passages = [Passage(*row) for row in draw_passages(count)]
+    settings = SETTINGS | {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True}
+    reference = open_encoders(work, length, TARGETS[1:])["pairdr, torch"]
+    tokens = [t for t in reference.tokenize_passages(passages) if len(t.input_ids) == PROFILED_TOKENS]
+    arrays = pad_tokens(tokens[:PROFILED_TEXTS], 0)  # equally long: nothing is padded
+    print(f"{PROFILED_TEXTS} passages of en_qa_mix of {PROFILED_TOKENS} tokens, one thread, mean of {rounds} passes")
+    for target in TARGETS[1:]:
+        compiled = open_core().compile_model(str(work / f"{target}-{length}" / FILE), "CPU", settings)
+        inputs = {entry.any_name: arrays[entry.any_name] for entry in compiled.inputs}
+        request = compiled.create_infer_request()
+        time_passes(request, inputs, WARM)
+        before = read_times(request)
+        passes = time_passes(request, inputs, rounds)
+        after = read_times(request)  # a mean over all passes there were, those before too
+        spent = Counter({name: (after[name] * (WARM + rounds) - before[name] * WARM) / rounds for name in after})
+        whole, wall = sum(spent.values()), statistics.mean(passes)
+        print(f"{target}: {wall:.1f} ms a pass ({min(passes):.1f}-{max(passes):.1f})")
+        for name, found in spent.most_common():
+            print(f"    {name:32}{found:8.2f} ms{found / whole:8.1%}")
+        print(f"    {'all nodes':32}{whole:8.2f} ms{whole / wall:8.1%} of the pass")
+
+
+def time_passes(request: Any, inputs: dict[str, np.ndarray], count: int) -> list[float]:
+    """Return the milliseconds of each of some passes."""
+    passes = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        request.infer(inputs)
+        passes.append((time.perf_counter() - begin) * 1e3)
+    return passes
+
+
+def read_times(request: Any) -> Counter[str]:
+    """Return the milliseconds of each type of node in a pass, a mean over all passes since the graph was compiled."""
+    spent: Counter[str] = Counter()
+    for node in request.profiling_info:
+        spent[node.node_type] += node.real_time.total_seconds() * 1e3
+    return spent
+
+
 def measure_peer(work: Path, count: int, length: int, rounds: int) -> None:
     """Print sentence-transformers' OpenVINO backend, fp32 and static int8, beside its default."""
     from sentence_transformers import export_static_quantized_openvino_model
@@ -243,7 +294,7 @@ def measure_peer(work: Path, count: int, length: int, rounds: int) -> None:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "quality", "peer"))
+    parser.add_argument("what", choices=("speed", "quality", "profile", "peer"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--passages", type=int, default=5000)
     parser.add_argument("--length", type=int, default=256, help="tokens; 256 is this model's own in theirs")
@@ -256,6 +307,8 @@ def main() -> None:
         measure_speed(options.work, options.passages, options.length, options.rounds, options.tokens_per_batch)
     elif options.what == "quality":
         measure_quality(options.work, options.length)
+    elif options.what == "profile":
+        profile_pass(options.work, options.passages, options.length, options.rounds)
     else:
         measure_peer(options.work, options.passages, options.length, options.rounds)
 

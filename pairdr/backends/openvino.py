@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from pairdr.backends.texts import Arrays
 
 FILE = "model.xml"
+SETTINGS = {
+    "INFERENCE_PRECISION_HINT": "f32",  # on some processors bf16 is the default
+    "ENABLE_CPU_PINNING": False,  # two processes would share one core while another rests
+}
+"""How a graph is compiled, whatever the number of threads."""
 
 
 def import_openvino() -> Any:
@@ -61,12 +66,7 @@ def load_forwards(path: Path, count: int) -> list[Forward]:
     Raises:
         MissingExtraError: OpenVINO is not installed.
     """
-    settings = {
-        "NUM_STREAMS": count,
-        "INFERENCE_NUM_THREADS": count,
-        "INFERENCE_PRECISION_HINT": "f32",  # on some processors bf16 is the default
-        "ENABLE_CPU_PINNING": False,  # two processes would share one core while another rests
-    }
+    settings = SETTINGS | {"NUM_STREAMS": count, "INFERENCE_NUM_THREADS": count}
     compiled = open_core().compile_model(str(path), "CPU", settings)
     names = [entry.any_name for entry in compiled.inputs]
 
