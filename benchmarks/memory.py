@@ -76,7 +76,7 @@ def encode_many(folder: Path, start: str, count: int) -> None:
     with watch_memory(f"encode {count} passages"):
         store = encode_corpus(collection, encoder, EncodeConfig(dtype="float16"), folder / "vectors")
     with watch_memory("open the vectors, search one"):
-        from pairdr.search import Searcher
+        from pairdr.searcher import Searcher
 
         Searcher(store, encoder).search("river town", k=10)
 

@@ -28,7 +28,7 @@ _HOME = {
     "ReportConfig": "store_config",
     "RunConfig": "config",
     "SearchConfig": "config",
-    "Searcher": "search",
+    "Searcher": "searcher",
     "TeachConfig": "config",
     "TrainConfig": "config",
     "VectorStore": "vectors",

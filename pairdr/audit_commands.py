@@ -97,6 +97,6 @@ def _open_data(place: Path | None, data: Path | None, options: DataConfig) -> Co
 
 
 def _is_work(place: Path) -> bool:
-    from pairdr.search import WORK_FILE
+    from pairdr.parts import is_work_folder
 
-    return (place / WORK_FILE).is_file()
+    return is_work_folder(place)

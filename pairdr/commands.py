@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pairdr.encoder import DualEncoder
     from pairdr.lexical import LexicalIndex
     from pairdr.pipeline import RunResult
-    from pairdr.search import Searcher
+    from pairdr.searcher import Searcher
 
 FLAT = Parameter(name="*")
 ONE_EACH = Parameter(name="*", consume_multiple=False)
@@ -295,7 +295,7 @@ def search(
         A work folder of `pairdr run`, or vectors of `pairdr encode`.
     """
     from pairdr.collection import open_collection
-    from pairdr.search import Searcher
+    from pairdr.searcher import Searcher
 
     quiet_libraries()
     if (question is None) == (output is None):

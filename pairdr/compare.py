@@ -19,8 +19,8 @@ from pairdr.evaluate import PER_QUERY, read_evaluation
 from pairdr.files import write_json
 from pairdr.formats import read_run
 from pairdr.measures import PerQuery, compute_p_value, find_interval, mean_measures, measure_run
+from pairdr.parts import is_work_folder
 from pairdr.records import Qrels
-from pairdr.search import WORK_FILE
 from pairdr.store_config import CompareConfig
 from pairdr.table import MAIN, read_values, say_p
 
@@ -177,7 +177,7 @@ def read_system(text: str, qrels: Qrels | None, measures: Sequence[str]) -> tupl
 
 
 def _read_values(place: Path, qrels: Qrels | None, measures: Sequence[str]) -> PerQuery:
-    if (place / WORK_FILE).is_file():
+    if is_work_folder(place):
         values = read_values(place / "report", MAIN)
     elif (place / PER_QUERY).is_file():
         values = read_evaluation(place)

@@ -18,8 +18,9 @@ from pairdr.formats import Examples, read_run
 from pairdr.label import score_candidates
 from pairdr.lexical import LexicalIndex, index_words
 from pairdr.mine import Candidates, open_candidates
+from pairdr.parts import is_work_folder
 from pairdr.records import Example, Run, Scored, positives_of
-from pairdr.search import WORK_FILE, rank_dense
+from pairdr.search import rank_dense
 from pairdr.store_config import AuditConfig
 from pairdr.teachers import Teacher, load_teacher, read_recipe
 from pairdr.vectors import VectorStore
@@ -161,7 +162,7 @@ def open_sources(
         UsageError: parts beside a work folder, which has its own.
     """
     named = {name: part for name, part in parts.items() if part is not None}
-    if not (place / WORK_FILE).is_file():
+    if not is_work_folder(place):
         return open_parts(place, collection, **named, model=model, lexical=lexical, words=words)
     if named:
         raise UsageError(

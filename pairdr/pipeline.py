@@ -22,8 +22,8 @@ from pairdr.files import replace_file
 from pairdr.makers import FUSED, table_split
 from pairdr.measures import parse_measures
 from pairdr.origin import write_origin
+from pairdr.parts import WORK_FILE
 from pairdr.progress import say
-from pairdr.search import WORK_FILE
 from pairdr.steps import list_steps
 from pairdr.table import Table, read_table
 from pairdr.work import Work

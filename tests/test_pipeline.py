@@ -43,7 +43,8 @@ from pairdr.lexical import index_words
 from pairdr.measures import compute_p_value, measure_run
 from pairdr.pipeline import RunResult, format_plan, plan_run, run_demo, run_pipeline
 from pairdr.records import Run, Scored
-from pairdr.search import Searcher, rank_dense
+from pairdr.search import rank_dense
+from pairdr.searcher import Searcher
 from pairdr.steps import list_arms
 from pairdr.table import Table, compare_systems, read_table
 from pairdr.vectors import VectorStore

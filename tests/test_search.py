@@ -22,7 +22,8 @@ from pairdr.formats import read_run
 from pairdr.fusion import cross_fit, fuse_runs, list_weights, standardise, tune_run_weights, tune_weights
 from pairdr.lexical import LexicalIndex, Tokenizer, index_words
 from pairdr.records import Query, Run
-from pairdr.search import Searcher, rank_dense, rank_words, write_search
+from pairdr.search import rank_dense, rank_words, write_search
+from pairdr.searcher import Searcher
 from pairdr.store_config import QueryConfig
 
 

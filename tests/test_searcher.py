@@ -20,7 +20,7 @@ from pairdr.index import build_index
 from pairdr.indexes.faiss import FaissIndex
 from pairdr.lexical import index_words
 from pairdr.records import Passage, Query
-from pairdr.search import Hit, Searcher
+from pairdr.searcher import Hit, Searcher
 from pairdr.store_config import IndexConfig
 from pairdr.vectors import VectorStore
 from pairdr.versions import compact_store, delete_passages

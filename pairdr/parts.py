@@ -1,0 +1,113 @@
+"""Where the parts of a searcher stand: what `pairdr run` wrote down of its work folder, or vectors alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pairdr.artefact import MANIFEST
+from pairdr.backends import load_encoder, open_encoder
+from pairdr.config import ModelConfig
+from pairdr.errors import ArtefactError
+from pairdr.store_config import Mode, QueryConfig
+
+if TYPE_CHECKING:
+    from pairdr.backends import Encoder
+
+WORK_FILE = "work.json"
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a searcher's parts stand, and how it answers where a call says nothing else.
+
+    Attributes:
+        name: of the model.
+        vectors: a store.
+        model: the folder of what made it; None where options name it.
+        words: BM25, or None.
+        index: an approximate index, or None.
+        weights: of dense and BM25, as dev chose them, or None.
+        mode: what won on dev, or auto.
+        depth: passages of each system that hybrid fuses.
+        teacher: the folder of the teacher that labelled; there may be none.
+    """
+
+    name: str
+    vectors: Path
+    model: Path | None
+    words: Path | None
+    index: Path | None
+    weights: tuple[float, ...] | None
+    mode: Mode
+    depth: int
+    teacher: Path
+
+    def open_encoder(self, model: ModelConfig) -> Encoder:
+        """Open what made the vectors: the model of a work folder, or the one that options name."""
+        return load_encoder(model) if self.model is None else open_encoder(self.model, model.device)
+
+
+def is_work_folder(place: Path) -> bool:
+    """Return whether `pairdr run` has finished here."""
+    return (place / WORK_FILE).is_file()
+
+
+def find_parts(
+    place: str | Path,
+    *,
+    words: str | Path | None = None,
+    index: str | Path | None = None,
+    system: str | None = None,
+) -> Parts:
+    """Return where the parts of a searcher stand.
+
+    Args:
+        place: a work folder that `pairdr run` made, or vectors that `pairdr encode` made.
+        words: BM25; a work folder has its own.
+        index: an approximate index.
+        system: another model of a work folder than the trained one; no weights were chosen for it.
+
+    Raises:
+        ArtefactError: there is no such folder.
+    """
+    place = Path(place)
+    chosen = None if index is None else Path(index)
+    if not is_work_folder(place):
+        if not (place / MANIFEST).is_file():
+            raise ArtefactError(
+                "These are no vectors, and no finished work folder.",
+                path=place,
+                remedy="Run pairdr run DATA -o WORK, or pairdr encode, first.",
+            )
+        given = None if words is None else Path(words)
+        return Parts(place.resolve().name, place, None, given, chosen, None, "auto", QueryConfig().depth, place)
+    facts = _read_work(place / WORK_FILE)
+    vectors, model, weights, mode = Path(facts["vectors"]), Path(facts["model"]), facts["weights"], facts["mode"]
+    if system not in (None, model.name):
+        vectors, model, weights, mode = vectors.parent / system, model.parent / system, None, "auto"
+    return Parts(
+        model.name,
+        place / vectors,
+        place / model,
+        Path(words or place / facts["bm25"]),
+        chosen,
+        weights and tuple(weights),
+        mode,
+        facts["k"],
+        place / TEACHER,
+    )
+
+
+def _read_work(path: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"model", "vectors", "bm25", "mode", "k", "weights"} - set(facts)
+    except (ValueError, TypeError) as error:
+        raise ArtefactError("The file cannot be read.", path=path, remedy="Run pairdr run again.") from error
+    if missing:
+        raise ArtefactError(f"{sorted(missing)[0]!r} is missing.", path=path, remedy="Run pairdr run again.")
+    return facts
