@@ -18,12 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pairdr.collection import TextTable
 from pairdr.errors import DataError, UsageError
 from pairdr.formats import read_jsonl, read_lines
 from pairdr.measures import PerQuery
 from pairdr.records import Query, Run, split_blocks
 from pairdr.rows import RowReader
+from pairdr.texts import TextTable
 
 if TYPE_CHECKING:
     import regex

@@ -14,85 +14,27 @@ import os
 import random
 import re
 import unicodedata
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from pairdr.artefact import Staging, publish, read_manifest
 from pairdr.config import DataConfig, OnDuplicate
 from pairdr.errors import ArtefactError, DataError, UsageError
 from pairdr.files import hash_json, hold_lock
-from pairdr.formats import PASSAGE_KEYS, read_lines, read_qrels, read_texts, read_unlabelled, write_qrels
-from pairdr.ids import IdIndex, hash_text, write_id_index
+from pairdr.formats import PASSAGE_KEYS, QUERY_KEYS, read_lines, read_qrels, read_texts, read_unlabelled, write_qrels
 from pairdr.records import PASSAGE_COLUMNS, Passage, Qrels, Query
-from pairdr.rows import RowReader
 from pairdr.sources.named import find_data
+from pairdr.texts import BLOCK, TextTable, write_table
 
 SPLITS = ("train", "dev", "test")
-BLOCK = 8192
 _NOT_WORD = re.compile(r"[\W_]+")
 
 
 def normalise_text(text: str) -> str:
     """Return a text as copies are compared: NFKC, lower case, words only."""
     return _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).lower()).strip()
-
-
-class TextTable:
-    """A memory-mapped table of texts with an id each.
-
-    Looking up an id reads a sorted array of 64-bit hashes and then compares the id itself, so memory does not grow
-    with the number of rows.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        with pa.memory_map(str(folder / f"{name}.arrow")) as source:
-            self.table: pa.Table = pa.ipc.open_file(source).read_all()
-        self._index = IdIndex(folder, name, self.table.column("id"))
-        self._rows = RowReader([self.table])
-        self.id_rank: npt.NDArray[np.int64] = self._index.rank
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    def __contains__(self, text_id: str) -> bool:
-        return self.find_row(text_id) is not None
-
-    def id_of(self, row: int) -> str:
-        """Return the id of a row."""
-        return str(self.table.column("id")[int(row)].as_py())
-
-    def ids_of(self, rows: npt.NDArray[np.int64]) -> list[str]:
-        """Return the ids of many rows."""
-        return [str(row[0]) for row in self._rows.take(rows, ("id",))]
-
-    def find_row(self, text_id: str) -> int | None:
-        """Return the row of an id, or None."""
-        return self._index.find_row(text_id)
-
-    def row_of(self, text_id: str) -> int:
-        """Return the row of an id.
-
-        Raises:
-            DataError: no such id.
-        """
-        row = self.find_row(text_id)
-        if row is None:
-            raise DataError(f"There is no id {text_id!r} in this collection.", remedy="Check where the id comes from.")
-        return row
-
-    def read_blocks(self, columns: tuple[str, ...], size: int = BLOCK) -> Iterator[list[tuple[Any, ...]]]:
-        """Yield rows in order, a block at a time."""
-        for start in range(0, len(self), size):
-            part = self.table.slice(start, size)
-            yield list(zip(*(part.column(name).to_pylist() for name in columns), strict=True))
 
 
 class Collection:
@@ -120,7 +62,7 @@ class Collection:
             frozenset(line.strip() for _, line in read_lines(config.held_out)) if config.held_out else frozenset()
         )
         kept = config.as_dict() | {"unlabelled": [], "held_out": sorted(self.held_out)}
-        del kept["licence"]
+        del kept["licence"], kept["labelled"]
         self.fingerprint = hash_json([manifest.fingerprint, kept])
         self.passages_fingerprint = manifest.files["passages.arrow"]["sha256"]
         self.duplicates: dict[str, list[str]] = manifest.facts["duplicates"]
@@ -236,7 +178,7 @@ def open_collection(source: str | Path, config: DataConfig | None = None, *, str
     """
     config = config or DataConfig()
     folder = find_data(source, cache_folder())
-    inputs = _find_files(folder, config.unlabelled)
+    inputs = _find_files(folder, config)
     stamp: dict[str, Any] = {"on_duplicate": config.on_duplicate}
     for name, path in inputs.items():
         stamp[name] = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
@@ -287,113 +229,62 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PAIRDR_CACHE", Path.home() / ".cache" / "pairdr"))
 
 
-def _find_files(folder: Path, unlabelled: Iterable[Path]) -> dict[str, Path]:
+def _find_files(folder: Path, config: DataConfig) -> dict[str, Path]:
     if not folder.is_dir():
         raise UsageError(
             "There is no such folder.", path=folder, remedy="Name a BEIR folder (corpus.jsonl ...), ir:NAME or hf:NAME."
         )
-    found = {}
-    for name in ("corpus", "queries"):
-        path = next((p for p in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if p.is_file()), None)
-        if path is None:
-            raise UsageError(
-                f"{name}.jsonl (or .jsonl.gz) is missing.",
-                path=folder,
-                remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv.",
-            )
-        found[name] = path
+    found = {name: _find_lines(folder, name) for name in ("corpus", "queries")}
     for path in sorted((folder / "qrels").glob("*.tsv")):
         found[f"qrels/{path.stem}"] = path
-    for number, path in enumerate(unlabelled):
+    for number, path in enumerate(config.unlabelled):
         if not path.is_file():
             raise UsageError("There is no such file.", path=path, remedy="Check --unlabelled.")
         found[f"unlabelled/{number}"] = path
+    for number, path in enumerate(config.labelled):
+        labels = path / "qrels" / "train.tsv"
+        if not labels.is_file():
+            raise UsageError("qrels/train.tsv is missing.", path=path, remedy="Check --labelled.")
+        found |= {f"labelled/{number}/queries": _find_lines(path, "queries"), f"labelled/{number}/qrels": labels}
     return found
+
+
+def _find_lines(folder: Path, name: str) -> Path:
+    path = next((p for p in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if p.is_file()), None)
+    if path is None:
+        raise UsageError(
+            f"{name}.jsonl (or .jsonl.gz) is missing.",
+            path=folder,
+            remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv.",
+        )
+    return path
 
 
 def _convert(inputs: dict[str, Path], staging: Staging, on_duplicate: OnDuplicate) -> None:
     """Turn the text files into memory-mapped tables."""
 
     def read_queries() -> Iterator[tuple[int, list[str]]]:
-        yield from read_texts(inputs["queries"], ("_id", "text"))
+        for name, path in inputs.items():
+            if name == "queries" or name.endswith("/queries"):
+                yield from read_texts(path, QUERY_KEYS)
         for name, path in inputs.items():
             if name.startswith("unlabelled/"):
                 yield from ((line, [query_id, text]) for line, query_id, text in read_unlabelled(path))
 
     corpus = read_texts(inputs["corpus"], PASSAGE_KEYS)
     staging.facts["duplicates"] = {
-        "passage": _write_table(staging.path, "passages", PASSAGE_COLUMNS, corpus, on_duplicate),
-        "query": _write_table(staging.path, "queries", ("id", "text"), read_queries(), on_duplicate),
+        "passage": write_table(staging.path, "passages", PASSAGE_COLUMNS, corpus, on_duplicate),
+        "query": write_table(staging.path, "queries", ("id", "text"), read_queries(), on_duplicate),
     }
-    splits = [name.removeprefix("qrels/") for name in inputs if name.startswith("qrels/")]
-    for split in splits:
-        write_qrels(staging.path / "qrels" / f"{split}.tsv", read_qrels(inputs[f"qrels/{split}"]))
-    staging.facts["splits"] = splits
-
-
-def _write_table(
-    folder: Path, name: str, columns: tuple[str, ...], rows: Iterable[tuple[int, list[str]]], on_duplicate: OnDuplicate
-) -> list[str]:
-    """Write one table with its id index; return the ids that occur twice."""
-    schema = pa.schema([*((column, pa.large_string()) for column in columns)])
-    hashes = array("Q")
-    path = folder / f"{name}.arrow"
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-
-        def flush(block: list[list[str]]) -> None:
-            arrays = [pa.array(list(column), pa.large_string()) for column in zip(*block, strict=True)]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-
-        _in_blocks((row for _, row in rows), flush, hashes)
-    keys = np.array(hashes, dtype=np.uint64)
-    duplicates = _find_duplicates(_map_ids(path), keys)
-    if duplicates and on_duplicate != "error":
-        keys = keys[_keep_one(path, duplicates, on_duplicate)]
-    write_id_index(folder, name, _map_ids(path), keys)
-    return duplicates
-
-
-def _keep_one(path: Path, duplicates: list[str], on_duplicate: OnDuplicate) -> npt.NDArray[np.bool_]:
-    """Write a table anew with one row of each id, the first or the last; return which rows stay."""
-    with pa.memory_map(str(path)) as source:
-        table = pa.ipc.open_file(source).read_all()
-        keep = np.ones(table.num_rows, dtype=np.bool_)
-        twice = np.flatnonzero(pc.is_in(table["id"], pa.array(duplicates, pa.large_string())))
-        chosen: dict[str, int] = {}
-        for row in twice.tolist() if on_duplicate == "last" else twice[::-1].tolist():
-            chosen[str(table["id"][row])] = row
-        keep[twice] = np.isin(twice, list(chosen.values()))
-        with pa.OSFile(f"{path}.new", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            start = 0
-            for batch in table.to_batches():
-                writer.write_batch(batch.filter(pa.array(keep[start : start + batch.num_rows])))
-                start += batch.num_rows
-    Path(f"{path}.new").replace(path)
-    return keep
-
-
-def _map_ids(path: Path) -> pa.ChunkedArray:
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all().column("id")
-
-
-def _in_blocks(rows: Iterable[list[str]], flush: Callable[[list[list[str]]], None], hashes: array[int]) -> None:
-    block: list[list[str]] = []
-    for row in rows:
-        hashes.append(hash_text(row[0]))
-        block.append(row)
-        if len(block) == BLOCK:
-            flush(block)
-            block = []
-    if block:
-        flush(block)
-
-
-def _find_duplicates(ids: pa.ChunkedArray, keys: npt.NDArray[np.uint64]) -> list[str]:
-    order = np.argsort(keys, kind="stable")
-    same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-    pairs = ((str(ids[int(order[i])]), str(ids[int(order[i + 1])])) for i in same)
-    return sorted({first for first, second in pairs if first == second})
+    splits = {name.removeprefix("qrels/"): read_qrels(inputs[name]) for name in inputs if name.startswith("qrels/")}
+    for name in inputs:
+        if name.startswith("labelled/") and name.endswith("/qrels"):
+            train = splits.setdefault("train", {})
+            for query_id, judged in read_qrels(inputs[name]).items():
+                train[query_id] = train.get(query_id, {}) | judged
+    for split, qrels in splits.items():
+        write_qrels(staging.path / "qrels" / f"{split}.tsv", qrels)
+    staging.facts["splits"] = list(splits)
 
 
 def _sample(qrels: Qrels, count: int, seed: int) -> list[str]:

@@ -29,6 +29,9 @@ class DataConfig(Options):
     """How a data set is opened."""
 
     unlabelled: tuple[Path, ...] = option((), "Files of further questions without labels (.jsonl[.gz], or .txt).")
+    labelled: tuple[Path, ...] = option(
+        (), "Folders of further labelled training questions (queries.jsonl, qrels/train.tsv), as `serve` collects them."
+    )
     hide_labels: float = option(0.0, "Share of the labelled training queries moved into the pool.", low=0, high=0.99)
     held_out: Path | None = option(None, "File of passage ids, one a line, that training never sees.")
     on_duplicate: OnDuplicate = option("error", "Which passage or query of an id that occurs twice is taken.")

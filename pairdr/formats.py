@@ -39,6 +39,8 @@ BREAKS = re.compile(r"[\t\n\r]")
 _BLANK = re.compile(r"\s")
 PASSAGE_KEYS = ("_id", "title", "text", "metadata")
 """The keys of a line of corpus.jsonl, in the order of `Passage`."""
+QUERY_KEYS = ("_id", "text")
+"""Those of queries.jsonl."""
 _READ_AT_ONCE = 1024
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 
@@ -111,6 +113,15 @@ def read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[st
             require = require_id if key == "_id" else require_clean
             row.append(require(item, f'"{key}"', path, number))
         yield number, row
+
+
+def format_metadata(value: dict[str, Any]) -> str:
+    """Return metadata as `Passage` has it.
+
+    Raises:
+        ValueError: a number that JSON does not have, such as NaN.
+    """
+    return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
 def require_clean(text: str, name: str, path: Path, line: int) -> str:
@@ -211,10 +222,15 @@ def write_qrels(path: Path, qrels: Qrels) -> None:
     """Write labels in BEIR's form."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as stream:
-        stream.write(QRELS_HEADER + "\n")
-        for query_id, judged in qrels.items():
-            for passage_id, relevance in judged.items():
-                stream.write(f"{query_id}\t{passage_id}\t{relevance}\n")
+        stream.writelines(format_qrels(qrels))
+
+
+def format_qrels(qrels: Qrels) -> Iterator[str]:
+    """Yield the lines of labels in BEIR's form."""
+    yield QRELS_HEADER + "\n"
+    for query_id, judged in qrels.items():
+        for passage_id, relevance in judged.items():
+            yield f"{query_id}\t{passage_id}\t{relevance}\n"
 
 
 def read_run(path: Path) -> Run:
@@ -375,4 +391,9 @@ def _write_metadata(value: Any, path: Path, number: int) -> str:
         raise DataError(
             '"metadata" is no object.', path=path, line=number, remedy='Write {"field": value, ...}, or leave it out.'
         )
-    return json.dumps(value, sort_keys=True)
+    try:
+        return format_metadata(value)
+    except ValueError as error:
+        raise DataError(
+            '"metadata" has a number that JSON does not have.', path=path, line=number, remedy="Write null."
+        ) from error

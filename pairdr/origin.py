@@ -165,7 +165,8 @@ def _make_absolute(config: RunConfig) -> RunConfig:
     """Return the options with the files and folders they name as absolute paths, so that they hold anywhere."""
     data = config.data
     held_out = data.held_out.resolve() if data.held_out else None
-    data = replace(data, unlabelled=tuple(path.resolve() for path in data.unlabelled), held_out=held_out)
+    unlabelled, labelled = (tuple(path.resolve() for path in paths) for paths in (data.unlabelled, data.labelled))
+    data = replace(data, unlabelled=unlabelled, labelled=labelled, held_out=held_out)
     changes: dict[str, dict[str, Any]] = {}
     for section, name in _PLACES:
         value = getattr(getattr(config, section), name)

@@ -166,6 +166,7 @@ def _move_files(origin: Origin, data: Path | None) -> RunConfig:
     moved = replace(
         config.data,
         unlabelled=tuple(map(move, config.data.unlabelled)),
+        labelled=tuple(map(move, config.data.labelled)),
         held_out=None if held_out is None else move(held_out),
     )
     return replace(config, data=moved)

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairdr import collection as module
-from pairdr import ids
+from pairdr import ids, texts
 from pairdr.check import check_collection
 from pairdr.collection import find_orphans, find_problems, normalise_text, open_collection
 from pairdr.config import DataConfig, ModelConfig
 from pairdr.errors import DataError, UsageError
+from pairdr.formats import write_qrels
 from pairdr.records import Passage, Query
 
 IDS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\t\n\r", min_codepoint=1)).map(
@@ -128,7 +129,7 @@ def test_every_id_is_found_at_its_row_and_no_other_is(tmp_path_factory: pytest.T
 
 
 def test_two_ids_with_one_hash_are_told_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in (module, ids):
+    for place in (texts, ids):
         monkeypatch.setattr(place, "hash_text", lambda text: np.uint64(7))
     data = open_collection(folder)
     assert [data.passage(passage_id).passage_id for passage_id in CORPUS] == list(CORPUS)
@@ -337,6 +338,37 @@ def test_unlabelled_files_join_the_pool(folder: Path, tmp_path: Path) -> None:
     assert data.pool == ("u1", "u2", "u3", "more.txt:1", "x1", "more.jsonl:2")
     assert data.query("more.txt:1").text == "what is it"
     assert data.removed["pool queries that copy a dev or test query"] == 1
+
+
+def make_feedback(folder: Path, qrels: dict[str, dict[str, int]]) -> Path:
+    """Return a folder as `pairdr serve --feedback` writes it."""
+    write_qrels(folder / "qrels" / "train.tsv", qrels)
+    add_query(folder, "f1", "a question of somebody's own")
+    return folder
+
+
+def test_labelled_folders_join_the_training_questions(folder: Path, tmp_path: Path) -> None:
+    more = make_feedback(tmp_path / "feedback", {"f1": {"p2": 1}, "t1": {"p3": 0}})
+    plain, found = open_collection(folder), open_collection(folder, DataConfig(labelled=(more,)))
+    assert found.qrels("train")["f1"] == {"p2": 1}
+    assert found.qrels("train")["t1"] == {"p1": 1, "p3": 0}
+    assert found.query("f1").text == "a question of somebody's own"
+    assert found.pool == plain.pool
+    assert found.fingerprint != plain.fingerprint
+    assert found.passages_fingerprint == plain.passages_fingerprint
+
+
+def test_a_labelled_folder_without_labels_or_questions_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"qrels/train\.tsv is missing"):
+        open_collection(folder, DataConfig(labelled=(tmp_path / "feedback",)))
+    (make_feedback(tmp_path / "feedback", {}) / "queries.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"queries\.jsonl"):
+        open_collection(folder, DataConfig(labelled=(tmp_path / "feedback",)))
+
+
+def test_a_label_of_feedback_for_a_passage_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'nowhere'"):
+        open_collection(folder, DataConfig(labelled=(make_feedback(tmp_path / "feedback", {"f1": {"nowhere": 1}}),)))
 
 
 def test_a_missing_unlabelled_file_is_named(folder: Path, tmp_path: Path) -> None:
