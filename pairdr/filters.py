@@ -33,7 +33,7 @@ def parse_filters(conditions: Iterable[str]) -> dict[str, frozenset[str]]:
 def match_rows(metadata: pa.ChunkedArray, filters: Filters) -> npt.NDArray[np.bool_]:
     """Return [N] which rows have one of the wanted values in every wanted field; of a list, any of its items counts.
 
-    Numbers and true, false and null are written as in JSON.
+    Numbers and true, false and null are written as in JSON; 1 is 1.0.
 
     Args:
         metadata: [N] JSON objects, or empty.
@@ -65,4 +65,14 @@ def _matches(found: Mapping[str, Any], filters: Filters) -> bool:
 
 def _list_values(value: Any) -> Sequence[str]:
     items = value if isinstance(value, list) else [value]
-    return [item if isinstance(item, str) else json.dumps(item) for item in items]
+    return [text for item in items for text in _write_forms(item)]
+
+
+def _write_forms(item: Any) -> list[str]:
+    if isinstance(item, str):
+        return [item]
+    if type(item) is int:
+        return [str(item), f"{item}.0"]
+    if isinstance(item, float) and item.is_integer():
+        return [str(int(item)), json.dumps(item)]
+    return [json.dumps(item)]

@@ -46,6 +46,14 @@ def test_all_fields_must_match_and_one_of_a_fields_values() -> None:
     assert match_rows(column, parse_filters(["a=1", "a=2", "b=1"])).tolist() == [True, True, False, False, False]
 
 
+@pytest.mark.parametrize("number", ["1", "1.0"])
+@pytest.mark.parametrize("wanted", ["1", "1.0"])
+def test_a_whole_number_is_the_same_with_and_without_a_fraction(number: str, wanted: str) -> None:
+    """A browser reads 1.0 and asks for 1."""
+    metadata = pa.chunked_array([[f'{{"n": {number}}}', '{"n": 1.5}', '{"n": true}']], pa.large_string())
+    assert match_rows(metadata, {"n": frozenset({wanted})}).tolist() == [True, False, False]
+
+
 def test_a_value_may_hold_an_equals_sign_and_be_empty() -> None:
     assert parse_filters(["a=b=c", "d="]) == {"a": frozenset({"b=c"}), "d": frozenset({""})}
 
