@@ -22,7 +22,7 @@ from pairdr.errors import UsageError
 from pairdr.fusion import standardise
 from pairdr.lexical import LexicalIndex
 from pairdr.records import Passage, Query
-from pairdr.vectors import VectorStore
+from pairdr.vectors import VectorStore, hash_passage
 
 RECIPE = "teacher.json"
 _MOST_KNOWN = 100_000  # passages whose vectors a dual encoder keeps
@@ -34,9 +34,11 @@ class Teacher(Protocol):
 
     Attributes:
         name: what the tables call it.
+        needs_index: whether it can score passages of the indexed corpus alone.
     """
 
     name: str
+    needs_index: bool
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
         """Return, per query, one score per candidate; larger is better."""
@@ -51,10 +53,12 @@ class DualEncoderTeacher:
     With `known`, vectors of the corpus by this encoder, passages are not encoded at all.
     """
 
+    needs_index = False
+
     def __init__(self, encoder: DualEncoder, name: str, source: str, known: VectorStore | None = None) -> None:
         self.encoder, self.name, self.source = encoder, name, source
         self._known = known if known is not None and known.encoder == encoder.fingerprint else None
-        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
+        self._vectors: dict[int, npt.NDArray[np.float32]] = {}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
         """Return the similarities."""
@@ -71,20 +75,22 @@ class DualEncoderTeacher:
         return {"kind": "dual_encoder", "name": self.name, "source": self.source}
 
     def _encode(self, candidates: Sequence[Sequence[Passage]]) -> list[npt.NDArray[np.float32]]:
-        missing = {p.passage_id: p for row in candidates for p in row if p.passage_id not in self._vectors}
+        asked = {hash_passage(p): p for row in candidates for p in row}
         if len(self._vectors) > _MOST_KNOWN:
-            self._vectors, missing = {}, {p.passage_id: p for row in candidates for p in row}
+            self._vectors = {}
+        missing = {key: p for key, p in asked.items() if key not in self._vectors}
         if missing:
             found = self.encoder.encode_passages(list(missing.values()))
             self._vectors |= dict(zip(missing, found, strict=True))
         none = np.empty((0, self.encoder.contract.dimensions), dtype=np.float32)
-        return [np.stack([self._vectors[p.passage_id] for p in row]) if row else none for row in candidates]
+        return [np.stack([self._vectors[hash_passage(p)] for p in row]) if row else none for row in candidates]
 
 
 class LexicalTeacher:
     """BM25."""
 
     name = "bm25"
+    needs_index = True
 
     def __init__(self, index: LexicalIndex) -> None:
         self.index = index
@@ -104,6 +110,8 @@ class LexicalTeacher:
 
 class CrossEncoderTeacher:
     """A sentence-transformers CrossEncoder over (query, passage) pairs."""
+
+    needs_index = False
 
     def __init__(
         self, source: str, name: str = "cross-encoder", device: str | None = None, recorded: str | None = None
@@ -155,6 +163,7 @@ class FusionTeacher:
 
     def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
         self.members, self.weights = list(members), tuple(weights)
+        self.needs_index = any(m.needs_index for m, w in zip(members, weights, strict=True) if w > 0)
         self.name = " + ".join(f"{w:g} {m.name}" for m, w in zip(members, weights, strict=True) if w > 0)
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
