@@ -12,7 +12,15 @@ from typing import Any
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 
-from pairdr import __version__, audit_commands, commands, exchange_commands, report_commands, store_commands
+from pairdr import (
+    __version__,
+    audit_commands,
+    commands,
+    exchange_commands,
+    report_commands,
+    serve_commands,
+    store_commands,
+)
 from pairdr.config import RunConfig, change_options
 from pairdr.errors import PairdrError, UsageError
 
@@ -39,6 +47,7 @@ for command in (
     audit_commands.apply_audit,
     report_commands.report,
     report_commands.reproduce,
+    serve_commands.serve,
     exchange_commands.import_data,
     exchange_commands.export_data,
     store_commands.upsert,

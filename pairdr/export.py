@@ -101,6 +101,7 @@ def export_model(
             "pad_id": model.model.tokenizer.pad_token_id or 0,
             "encoder": fingerprint_export(staging.path, contract),
             "source_encoder": model.fingerprint,
+            "widths": source.options.get("matryoshka_dims", []),
         }
         export = ExportedEncoder(staging.path, staging.facts)
         _require_same_tokens(model, export, sample)
@@ -211,8 +212,8 @@ def _read_tokenizer(model: DualEncoder) -> str:
 
 def _require_same_tokens(model: DualEncoder, export: ExportedEncoder, sample: Sample) -> None:
     texts = [query.text for query in sample.queries]
-    same = model.tokenize_queries(texts) == export.reader.tokenize_queries(texts)
-    if not same or model.tokenize_passages(sample.passages) != export.reader.tokenize_passages(sample.passages):
+    same = model.tokenize_queries(texts) == export.tokenize_queries(texts)
+    if not same or model.tokenize_passages(sample.passages) != export.tokenize_passages(sample.passages):
         raise RefusedError(
             "The tokenizer of this model tokenises otherwise outside of transformers.",
             remedy="Nothing was written. Use the model as it is, with torch.",

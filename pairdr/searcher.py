@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Systems = Mapping[str, Allowed | None]
 """What is asked, dense or bm25, and which of its own rows [N] may be found; None is all."""
 Way = Literal["dense", "bm25", "hybrid"]
+KEPT_FILTERS = 16
+"""Filters whose rows a searcher remembers."""
 RERANKED = 50
 """Best passages that a reranker puts into a new order, where nobody says otherwise."""
 
@@ -86,6 +88,7 @@ class Searcher:
             )
         self.store, self.words, self.config = store, words, config
         self._encoder, self._index, self._reranker, self._weights = encoder, index, reranker, weights
+        self._matches: dict[tuple[str, tuple[str, ...]], Allowed] = {}
 
     @classmethod
     def open(
@@ -235,20 +238,28 @@ class Searcher:
             raise UsageError("No weights were chosen for these vectors.", remedy="Use --fusion rrf.")
         if config.rerank and self._reranker is None:
             raise UsageError("There is nothing to rerank with.", remedy="Give --reranker.")
-        filters = parse_filters(config.where)
-        sources = {"dense": self.store, "bm25": self.words or self.store}
-        return {name: match_rows(sources[name].metadata, filters) if filters else None for name in names}
+        return {name: self._match(name, config.where) if config.where else None for name in names}
+
+    def _match(self, system: str, where: tuple[str, ...]) -> Allowed:
+        """Return which rows of a system pass, remembering the last filters."""
+        key = system, where
+        if key not in self._matches:
+            if len(self._matches) >= KEPT_FILTERS:
+                self._matches.clear()
+            source = self.words if system == "bm25" and self.words is not None else self.store
+            self._matches[key] = match_rows(source.metadata, parse_filters(where))
+        return self._matches[key]
 
 
 def open_searcher(
-    parts: Parts, encoder: Encoder, *, reranker: str | None = None, device: str | None = None
+    parts: Parts, encoder: Encoder, *, reranker: str | Teacher | None = None, device: str | None = None
 ) -> Searcher:
     """Open a searcher.
 
     Args:
         parts: where they stand.
         encoder: what made the vectors.
-        reranker: "teacher", or a cross-encoder's folder or hub name.
+        reranker: "teacher", a cross-encoder's folder or hub name, or one that is open.
         device: of the reranker.
 
     Raises:
@@ -261,7 +272,7 @@ def open_searcher(
         encoder,
         words=words,
         index=None if parts.index is None else _open_index(parts.index, store),
-        reranker=None if reranker is None else _open_reranker(reranker, parts, encoder, words, device),
+        reranker=_open_reranker(reranker, parts, encoder, words, device) if isinstance(reranker, str) else reranker,
         weights=parts.weights,
         config=QueryConfig(mode=parts.mode, depth=parts.depth),
     )

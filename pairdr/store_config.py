@@ -136,3 +136,32 @@ class ExportDataConfig(Options):
     rows: Literal["all", "labelled", "pseudo", "plain"] = option(
         "all", "Which examples: denoised labelled ones, pseudo-labelled ones, both (all), or those without a teacher."
     )
+
+
+@dataclass(frozen=True)
+class ServeConfig(Options):
+    """The service: where it listens, what it does together, what it allows."""
+
+    host: str = option("127.0.0.1", "Address to listen on; the default is reached from this machine alone.")
+    port: int = option(8000, "Port; 0 takes a free one.", low=0, high=65535)
+    models: tuple[str, ...] = option((), "Models of a work folder, the default first; unset: trained and start.")
+    batch_texts: int = option(64, "Texts, or pairs that are reranked, from which a batch is full.", low=1)
+    batch_wait: float = option(2.0, "Milliseconds that an idle batch waits for company.", low=0, high=1000)
+    queue_texts: int = option(512, "Most texts, or pairs, that wait; past it the answer is 429.", low=1)
+    most_results: int = option(100, "Largest k.", low=1)
+    most_hits: int = option(
+        2000, "Most results of a request, all its questions together; reranked, the passages that are judged.", low=1
+    )
+    most_texts: int = option(256, "Most texts, passages or filters of a request.", low=1)
+    most_characters: int = option(20000, "Most characters of a text, its title and its metadata among them.", low=1)
+    most_bytes: int = option(4_000_000, "Most bytes of a body; past it the answer is 413.", low=1)
+    request_seconds: float = option(30.0, "Until a request's answer is 504.", low=0.01)
+    body_seconds: float = option(
+        10.0, "Until a request's head, and then its body, has to have come; past it the answer is 408.", low=0.01
+    )
+    drain_seconds: float = option(30.0, "After SIGTERM, for what is under way.", low=0)
+    watch_seconds: float = option(1.0, "Between looks for newly published versions.", low=0.01)
+    cors_origins: tuple[str, ...] = option((), "Other sites whose pages may ask; none unless named.")
+    hosts: tuple[str, ...] = option(
+        (), "Names by which the service is called, beside this machine's own; unset: any, where it listens to others."
+    )

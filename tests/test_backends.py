@@ -126,9 +126,9 @@ def test_int8_exports_give_vectors_near_the_models(
 @pytest.mark.parametrize("contract", CONTRACTS)
 def test_tokens_are_the_models(export: Callable[[str, str], Path], models: dict[str, Path], contract: str) -> None:
     model, other = DualEncoder.open(models[contract], device="cpu"), ExportedEncoder.open(export(contract, "onnx"))
-    assert other.reader.tokenize_queries(QUERIES) == model.tokenize_queries(QUERIES)
-    assert other.reader.tokenize_passages(PASSAGES) == model.tokenize_passages(PASSAGES)
-    assert max(len(t.input_ids) for t in other.reader.tokenize_queries(QUERIES)) == model.contract.query_length
+    assert other.tokenize_queries(QUERIES) == model.tokenize_queries(QUERIES)
+    assert other.tokenize_passages(PASSAGES) == model.tokenize_passages(PASSAGES)
+    assert max(len(t.input_ids) for t in other.tokenize_queries(QUERIES)) == model.contract.query_length
 
 
 @pytest.mark.parametrize("to", [*BACKENDS, "openvino-int8"])

@@ -21,12 +21,26 @@ PACKAGE = ROOT / "pairdr"
 ROOMS = (
     *("errors", "records", "rows", "options", "config", "store_config"),
     *("formats", "files", "artefact", "progress", "ids"),
-    *("sources", "collection"),
+    *("sources", "texts", "collection"),
     *("measures", "answers", "fusion"),
     *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
     *("tokens", "start", "encoder", "backends", "vectors", "versions", "indexes", "lexical", "filters", "teachers"),
     *("batches", "objective", "tuning", "checkpoint", "watch", "loop"),
-    *("check", "costs", "encode", "index", "search", "evaluate", "mine", "teach", "label", "train", "warm"),
+    *(
+        "check",
+        "costs",
+        "encode",
+        "index",
+        "search",
+        "parts",
+        "searcher",
+        "evaluate",
+        "mine",
+        "teach",
+        "label",
+        "train",
+        "warm",
+    ),
     *("gate", "export"),
     "exchange",
     *(
@@ -48,6 +62,8 @@ ROOMS = (
         "audit_commands",
         "exchange_commands",
         "report_commands",
+        "serve",
+        "serve_commands",
         "cli",
         "__main__",
         "__init__",
@@ -63,6 +79,8 @@ LIGHT = (
         "lexical",
         "filters",
         "search",
+        "parts",
+        "searcher",
         "measures",
         "answers",
         "check",
@@ -78,7 +96,7 @@ LIGHT = (
     *("backends", "backends.exported", "backends.onnx", "backends.openvino", "gate"),
 )
 
-LOCKED_EXTRAS = ("demo", "train", "faiss", "sources", "onnx", "openvino", "dev")
+LOCKED_EXTRAS = ("demo", "train", "faiss", "sources", "onnx", "openvino", "serve", "dev")
 LOCK_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9][A-Za-z0-9.]*)")
 MOST_LINES = 400
 

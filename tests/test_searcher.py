@@ -16,11 +16,12 @@ from pairdr.collection import open_collection
 from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig
 from pairdr.encode import encode_corpus, upsert_passages, verify_vectors
 from pairdr.errors import ArtefactError, UsageError
+from pairdr.filters import match_rows
 from pairdr.index import build_index
 from pairdr.indexes.faiss import FaissIndex
 from pairdr.lexical import index_words
 from pairdr.records import Passage, Query
-from pairdr.searcher import Hit, Searcher
+from pairdr.searcher import KEPT_FILTERS, Hit, Searcher
 from pairdr.store_config import IndexConfig
 from pairdr.vectors import VectorStore
 from pairdr.versions import compact_store, delete_passages
@@ -124,6 +125,21 @@ def test_a_filtered_search_is_the_whole_one_without_the_others(
         assert set(list_ids(found)) <= set(list_ids(expected))
     else:
         assert found == expected[:5]
+
+
+def test_the_rows_of_a_filter_are_found_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "pairdr.searcher.match_rows", lambda metadata, filters: asked.append(filters) or match_rows(metadata, filters)
+    )
+    searcher = make_searcher(folder)
+    first = searcher.search(QUESTION, mode="hybrid", where=("kind=1",))
+    assert searcher.search(QUESTION, mode="hybrid", where=("kind=1",)) == first
+    assert len(asked) == 2  # of the vectors, and of the words
+    for number in range(2 * KEPT_FILTERS):
+        searcher.search(QUESTION, mode="dense", where=("kind=2", f"kind={number}"))
+    assert len(searcher._matches) <= KEPT_FILTERS
+    assert searcher.search(QUESTION, mode="hybrid", where=("kind=1",)) == first
 
 
 def test_fewer_than_k_are_found_where_a_filter_leaves_fewer(searcher: Searcher) -> None:

@@ -19,7 +19,7 @@ from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.config import ModelConfig
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.records import Passage
-from pairdr.tokens import Contract, require_contract
+from pairdr.tokens import Contract, Tokens, require_contract
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,12 @@ class Encoder(Protocol):
     @property
     def fingerprint(self) -> str:
         """Return a hash of all that decides the vectors."""
+
+    def tokenize_queries(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the tokens of questions, prefix included, cut to the contract's length."""
+
+    def tokenize_passages(self, passages: Sequence[Passage]) -> list[Tokens]:
+        """Return the tokens of passages, prefix included, cut to the contract's length."""
 
     def encode_queries(self, texts: Sequence[str], tokens_per_batch: int | None = None) -> npt.NDArray[np.float32]:
         """Return the [n, D] vectors of questions."""

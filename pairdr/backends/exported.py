@@ -48,7 +48,6 @@ class ExportedEncoder:
         device: always cpu.
         contract: prefixes, lengths, pooling, similarity.
         fingerprint: hash of graph, tokenizer and contract.
-        reader: what tokenises.
     """
 
     device = "cpu"
@@ -64,7 +63,7 @@ class ExportedEncoder:
         self._pad_id = int(facts["pad_id"])
         self._quantised = facts["precision"] == "int8"
         text = (folder / TOKENIZER).read_text(encoding="utf-8")
-        self.reader = TextReader(text, self.contract, bool(facts["token_types"]))
+        self._reader = TextReader(text, self.contract, bool(facts["token_types"]))
         graph = find_graph(facts["backend"])
         self._idle: SimpleQueue[Forward] = SimpleQueue()  # each is used by one thread at a time
         self._cores = count_cores()
@@ -96,13 +95,21 @@ class ExportedEncoder:
                 f"The exported model cannot be opened: {reason}.", path=folder, remedy="Run pairdr export again."
             ) from error
 
+    def tokenize_queries(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the tokens of questions, prefix included, cut to the contract's length."""
+        return self._reader.tokenize_queries(texts)
+
+    def tokenize_passages(self, passages: Sequence[Passage]) -> list[Tokens]:
+        """Return the tokens of passages, prefix included, cut to the contract's length."""
+        return self._reader.tokenize_passages(passages)
+
     def encode_queries(self, texts: Sequence[str], tokens_per_batch: int | None = None) -> Vectors:
         """Return the [n, D] vectors of questions."""
-        return self._encode(texts, self.reader.tokenize_queries, tokens_per_batch)
+        return self._encode(texts, self.tokenize_queries, tokens_per_batch)
 
     def encode_passages(self, passages: Sequence[Passage], tokens_per_batch: int | None = None) -> Vectors:
         """Return the [n, D] vectors of passages."""
-        return self._encode(passages, self.reader.tokenize_passages, tokens_per_batch)
+        return self._encode(passages, self.tokenize_passages, tokens_per_batch)
 
     def _encode(
         self, texts: Sequence[Any], tokenize: Callable[[Sequence[Any]], list[Tokens]], tokens_per_batch: int | None

@@ -1,0 +1,143 @@
+"""What people say: of results, as labels that `pairdr run` can train on; of audited labels, as marks in their file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from pairdr.collection import normalise_text
+from pairdr.errors import PairdrError, UsageError
+from pairdr.files import hold_lock, replace_file
+from pairdr.findings import Finding, find_audit_file, read_audit, write_marks
+from pairdr.formats import QUERY_KEYS, format_qrels, read_qrels, read_texts
+from pairdr.records import Qrels
+from pairdr.serve.failures import ApiError
+
+MOST_LABELS = 100_000
+
+
+class Feedback:
+    """Labels of found passages in a folder of their own: `queries.jsonl` and `qrels/train.tsv`.
+
+    Both are replaced as a whole, in an order in which a label's question is always there. Questions with the same words
+    are one.
+
+    Args:
+        folder: made where there is none; what it holds already is kept.
+
+    Raises:
+        UsageError: another service writes there.
+        DataError: what it holds cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._queries, self._qrels_file = folder / "queries.jsonl", folder / "qrels" / "train.tsv"
+        self._lock, self._open = threading.Lock(), ExitStack()
+        self._qrels_file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._open.enter_context(hold_lock(folder, wait=False))
+        except BlockingIOError as error:
+            raise UsageError("Another service writes there.", path=folder, remedy="Choose another folder.") from error
+        lines = read_texts(self._queries, QUERY_KEYS) if self._queries.is_file() else ()
+        self._texts = {query_id: text for _, (query_id, text) in lines}
+        self._qrels: Qrels = read_qrels(self._qrels_file) if self._qrels_file.is_file() else {}
+
+    def label(self, query: str, passage_id: str, relevant: bool | None) -> int:
+        """Write a label, or take it back (None), and return how many there are.
+
+        Raises:
+            ApiError: there are too many.
+        """
+        query_id = "feedback-" + hashlib.sha256(normalise_text(query).encode()).hexdigest()[:16]
+        with self._lock:
+            known = self._qrels.get(query_id, {})
+            count = sum(map(len, self._qrels.values()))
+            if relevant is None:
+                if passage_id in known:
+                    self._forget(query_id, passage_id)
+            elif passage_id not in known and count >= MOST_LABELS:
+                raise ApiError(409, "limit_exceeded", f"There are {MOST_LABELS} labels; train on them first.")
+            else:
+                self._texts.setdefault(query_id, query)
+                self._qrels.setdefault(query_id, {})[passage_id] = int(relevant)
+                self._write_queries()
+                self._write_qrels()
+            return sum(map(len, self._qrels.values()))
+
+    def _forget(self, query_id: str, passage_id: str) -> None:
+        del self._qrels[query_id][passage_id]
+        if not self._qrels[query_id]:
+            del self._qrels[query_id], self._texts[query_id]
+        self._write_qrels()
+        self._write_queries()
+
+    def _write_queries(self) -> None:
+        lines = (json.dumps({"_id": key, "text": text}) + "\n" for key, text in self._texts.items())
+        replace_file(self._queries, "".join(lines))
+
+    def _write_qrels(self) -> None:
+        replace_file(self._qrels_file, "".join(format_qrels(self._qrels)))
+
+    def close(self) -> None:
+        """Let others write there."""
+        self._open.close()
+
+
+class Review:
+    """The findings of an audit, gone through and marked. The file stays what it is: edits from elsewhere are seen.
+
+    Args:
+        place: the file, or the folder of an audit.
+
+    Raises:
+        UsageError: there is none.
+        DataError: it cannot be read.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._path, self._lock = find_audit_file(place), threading.Lock()
+        read_audit(self._path)
+
+    def list(self, start: int, count: int, kind: str | None, unmarked: bool) -> dict[str, Any]:
+        """Return some findings, and how many of their kind there are and are marked."""
+        findings = [finding for finding in self._read() if kind in (None, finding.kind)]
+        shown = [finding for finding in findings if not (unmarked and finding.mark)]
+        return self._count(findings) | {
+            "start": start,
+            "findings": [_write_finding(finding) for finding in shown[start : start + count]],
+        }
+
+    def mark(self, query_id: str, passage_id: str, mark: str) -> dict[str, Any]:
+        """Write a mark, and return how many findings there are and are marked.
+
+        Raises:
+            ApiError: the audit has no such finding.
+        """
+        with self._lock:
+            self._read()
+            try:
+                return self._count(write_marks(self._path, {(query_id, passage_id): mark}))
+            except UsageError as error:
+                raise ApiError(422, "invalid_value", error.what) from error
+
+    def _read(self) -> Sequence[Finding]:
+        try:
+            return read_audit(self._path)
+        except PairdrError as error:
+            where = "" if error.line is None else f" (line {error.line})"
+            raise ApiError(409, "conflict", f"The file of the audit cannot be read now: {error.what}{where}") from error
+
+    def _count(self, findings: Sequence[Finding]) -> dict[str, int]:
+        return {"total": len(findings), "marked": sum(bool(finding.mark) for finding in findings)}
+
+
+def _write_finding(finding: Finding) -> dict[str, Any]:
+    """Return a finding as it is sent: JSON has no NaN."""
+    values = vars(finding).items()
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values}

@@ -1,0 +1,274 @@
+"""The models that are served, each as one version of its parts; newly published versions are picked up.
+
+A request holds the snapshot that it began with: files that a newer version replaces stay readable for those that have
+them open, so no answer is mixed of two versions and none is dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pairdr.artefact import MANIFEST, read_manifest
+from pairdr.config import ModelConfig
+from pairdr.errors import ArtefactError, PairdrError, UsageError
+from pairdr.files import hold_lock
+from pairdr.lexical import LexicalIndex, index_words
+from pairdr.parts import TEACHER, Parts, find_parts, is_work_folder
+from pairdr.progress import say
+from pairdr.records import Passage
+from pairdr.searcher import Searcher, open_searcher
+from pairdr.serve.failures import ApiError
+from pairdr.tokens import Contract, Tokens
+from pairdr.vectors import VectorStore
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from pairdr.backends import Encoder
+    from pairdr.teachers import Teacher
+
+Clock = Callable[[str], AbstractContextManager[None]]
+"""Measures the stage that its block is."""
+START = "start"
+
+
+class SharedEncoder:
+    """An encoder whose time is taken, used by one thread at a time: tokenizers of transformers bear no more."""
+
+    def __init__(self, encoder: Encoder, clock: Clock) -> None:
+        self._encoder, self._clock, self._lock = encoder, clock, threading.Lock()
+        self.contract: Contract = encoder.contract
+        self.device, self.noise, self.fingerprint = encoder.device, encoder.noise, encoder.fingerprint
+
+    def encode_queries(self, texts: Sequence[str], tokens_per_batch: int | None = None) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of questions."""
+        with self._lock, self._clock("encode"):
+            return self._encoder.encode_queries(texts, tokens_per_batch)
+
+    def encode_passages(
+        self, passages: Sequence[Passage], tokens_per_batch: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return the [n, D] vectors of passages."""
+        with self._lock, self._clock("encode"):
+            return self._encoder.encode_passages(passages, tokens_per_batch)
+
+    def tokenize_queries(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the tokens of questions."""
+        with self._lock:
+            return self._encoder.tokenize_queries(texts)
+
+    def tokenize_passages(self, passages: Sequence[Passage]) -> list[Tokens]:
+        """Return the tokens of passages."""
+        with self._lock:
+            return self._encoder.tokenize_passages(passages)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One version of a model with its vectors and all that searches them.
+
+    Attributes:
+        name: of the model.
+        searcher: answers questions.
+        encoder: makes vectors.
+        widths: dimensions that a vector may be cut to.
+    """
+
+    name: str
+    searcher: Searcher
+    encoder: SharedEncoder
+    widths: tuple[int, ...]
+
+    @cached_property
+    def version(self) -> str:
+        """Return the version of the vectors, and what it is made of, in short."""
+        store = self.searcher.store
+        return f"{store.version}-{store.fingerprint[:12]}"
+
+
+class Shelf:
+    """All models that are served.
+
+    Args:
+        place: a work folder, or vectors.
+        model: what made the vectors; a work folder names its own, and only the device counts.
+        names: models of a work folder, the default first; none: the trained one and the start.
+        words: BM25; a work folder has its own.
+        index: an approximate index of the first model's vectors.
+        reranker: "teacher", or a cross-encoder's folder or hub name.
+        writes: passages are changed through this service; words that do not follow the vectors, since a service was
+            killed between the two, are indexed anew.
+        clock: takes the time of stages.
+
+    Raises:
+        ArtefactError: a part is missing or does not fit the others.
+        UsageError: a model that the work folder does not have.
+    """
+
+    def __init__(
+        self,
+        place: Path,
+        model: ModelConfig,
+        names: Sequence[str] = (),
+        *,
+        words: Path | None = None,
+        index: Path | None = None,
+        reranker: str | None = None,
+        writes: bool = False,
+        clock: Clock,
+    ) -> None:
+        self.place, self._model, self._clock = place, model, clock
+        self._reranker: str | Teacher | None = reranker
+        self._given = {"words": words, "index": index}
+        self._lock = threading.Lock()  # one reload at a time
+        self._encoders: dict[str, tuple[object, SharedEncoder]] = {}
+        self._snapshots: dict[str, Snapshot] = {}
+        self._stamps: dict[str, object] = {}
+        self._refused: dict[str, tuple[object, str]] = {}
+        chosen = self._choose_names(names)
+        if writes and len(chosen) == 1:
+            follow_words(self.find_parts(chosen[0]))
+        for name in chosen:
+            try:
+                self._stamps[name], self._snapshots[name] = self._open(name)
+            except ArtefactError as error:
+                if names or not self._snapshots:
+                    raise
+                say(f"pairdr: {name} is not served: {error}")  # passages were changed where the first alone was served
+
+    @property
+    def names(self) -> list[str]:
+        """Return the models, the default first."""
+        return list(self._snapshots)
+
+    @property
+    def is_work(self) -> bool:
+        """Return whether this is a work folder, where other commands may be at work."""
+        return is_work_folder(self.place)
+
+    @property
+    def stale(self) -> dict[str, str]:
+        """Return why the newest version of a model is not served, by its name."""
+        return {name: why for name, (_, why) in self._refused.items()}
+
+    def take(self, name: str | None) -> Snapshot:
+        """Return the present version of a model, or of the default.
+
+        Raises:
+            ApiError: no such model (404).
+        """
+        found = self._snapshots.get(self.names[0] if name is None else name)
+        if found is None:
+            said = str(name)[:100]
+            raise ApiError(404, "unknown_model", f"There is no model {said!r}. There are: {', '.join(self.names)}.")
+        return found
+
+    def find_parts(self, name: str) -> Parts:
+        """Return where a model's parts stand now."""
+        is_first = not self._snapshots or name == self.names[0]
+        system = name if self.is_work else None
+        index = self._given["index"] if is_first else None
+        return find_parts(self.place, words=self._given["words"], index=index, system=system)
+
+    def refresh(self) -> list[str]:
+        """Open what was newly published, and return the models that changed.
+
+        A version that does not fit (new vectors whose words are not indexed yet, say) is left until it does.
+        """
+        changed = []
+        with self._lock:
+            for name in self.names:
+                refused, stamp = self._refused.get(name), None
+                try:
+                    stamp = _stamp_parts(self.find_parts(name))
+                    if refused is not None and stamp == refused[0]:
+                        continue
+                    if stamp != self._stamps[name]:
+                        self._stamps[name], self._snapshots[name] = self._open(name)
+                        changed.append(name)
+                    self._refused.pop(name, None)
+                except PairdrError as error:
+                    self._refused[name] = stamp, error.what
+                    if refused != self._refused[name]:
+                        say(f"pairdr: the new version of {name} is not served: {error}")
+        return changed
+
+    def _choose_names(self, names: Sequence[str]) -> list[str]:
+        if not self.is_work:
+            if names:
+                raise UsageError("Vectors have one model.", remedy="Leave --models out, or name a work folder.")
+            return [self.place.resolve().name]
+        trained = find_parts(self.place).name
+        chosen = list(dict.fromkeys(names or (trained, START)))
+        there = [name for name in chosen if _has_vectors(find_parts(self.place, system=name))]
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise UsageError(
+                f"There is no model {missing[0]!r}.", path=self.place, remedy="Look into its models/ and vectors/."
+            )
+        return there
+
+    def _open(self, name: str) -> tuple[object, Snapshot]:
+        parts = self.find_parts(name)
+        stamp = _stamp_parts(parts)  # before the parts are opened: what changes meanwhile is opened again
+        encoder = self._open_encoder(parts)
+        searcher = open_searcher(parts, encoder, reranker=self._reranker, device=self._model.device)
+        if self._reranker != TEACHER:
+            self._reranker = searcher.reranker  # knows nothing of versions: one is enough for all
+        # Loads what is loaded late, before anybody waits for it.
+        searcher.search("a first question", k=1, rerank=0 if searcher.reranker is None else 1)
+        return stamp, Snapshot(name, searcher, encoder, read_widths(parts.model or Path(self._model.start)))
+
+    def _open_encoder(self, parts: Parts) -> SharedEncoder:
+        """Return the model, or the one that is open already where its folder has not changed."""
+        stamp = None if parts.model is None else _stamp(parts.model / MANIFEST)
+        known = self._encoders.get(parts.name)
+        if known is None or known[0] != stamp:
+            known = self._encoders[parts.name] = (stamp, SharedEncoder(parts.open_encoder(self._model), self._clock))
+        return known[1]
+
+
+def follow_words(parts: Parts) -> None:
+    """Index the words of vectors anew where they are those of another version."""
+    if parts.words is None:
+        return
+    words = LexicalIndex(parts.words)
+    if words.passages_fingerprint == VectorStore(parts.vectors).passages_fingerprint:
+        return
+    with hold_lock(parts.vectors):  # else words of this version could be put in the place of a newer one's
+        store = VectorStore(parts.vectors)
+        say(f"pairdr: indexing the words of version {store.version}")
+        index_words(store, words.config, words.folder)
+
+
+def read_widths(model: Path) -> tuple[int, ...]:
+    """Return the dimensions that a model's vectors may be cut to: those it was trained for (Matryoshka)."""
+    if not (model / MANIFEST).is_file():
+        return ()
+    manifest = read_manifest(model)
+    return tuple(manifest.facts.get("widths") or manifest.options.get("matryoshka_dims") or ())
+
+
+def _has_vectors(parts: Parts) -> bool:
+    return all(folder is not None and (folder / MANIFEST).is_file() for folder in (parts.model, parts.vectors))
+
+
+def _stamp_parts(parts: Parts) -> object:
+    folders = (parts.vectors, parts.model, parts.words, parts.index)
+    return parts, [None if folder is None else _stamp(folder / MANIFEST) for folder in folders]
+
+
+def _stamp(path: Path) -> object:
+    """Return what differs after a file was replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
