@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -273,6 +276,32 @@ def test_searches_at_once_leave_the_threads_of_numpy_as_they_were() -> None:
     assert results == [search_exact(queries, [(0, vectors)], np.arange(500), 5)[0].tolist()] * 3
     assert set(during) == {1}
     assert blas_threads() == before
+
+
+def test_a_search_holds_the_threads_of_numpy_whichever_thread_searched_first() -> None:
+    script = """
+import threading
+import numpy as np
+from threadpoolctl import threadpool_info
+from pairdr.indexes.exact import search_exact
+vectors, during = np.eye(8, dtype=np.float32), []
+def read():
+    during.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+    yield 0, vectors
+search = lambda: search_exact(vectors[:2], read(), np.arange(8), 3)
+search()
+thread = threading.Thread(target=search)
+thread.start()
+thread.join()
+after = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+assert set(during) == {1}, during
+assert set(after) == {2}, after
+"""
+    threads = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    found = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **threads}, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize("threads", [1, 3])

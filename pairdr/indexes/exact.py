@@ -337,6 +337,7 @@ class _Blas:
             self._searches += 1
             if self._searches == 1:
                 self._threads = max((pool["num_threads"] for pool in self._pools.info()), default=1)
+                self._take_control()
                 self._limit = self._pools.limit(limits=1)
             threads = self._threads
         try:
@@ -345,7 +346,14 @@ class _Blas:
             with self._lock:
                 self._searches -= 1
                 if self._searches == 0:
+                    self._take_control()
                     self._limit.restore_original_limits()
+
+    def _take_control(self) -> None:
+        """Let this thread set limits: else threadpoolctl leaves those of every thread but the first unheeded."""
+        for pool in self._pools.lib_controllers:
+            if hasattr(pool, "clear_controlling_thread"):
+                pool.clear_controlling_thread(force=True)
 
 
 @cache
