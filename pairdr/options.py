@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -32,7 +33,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check every value against its kind and its range or choices."""
-        hints = get_type_hints(type(self))
+        hints = _read_hints(type(self))  # type: ignore[arg-type]  # mypy knows no hash of classes
         for spec in fields(self):
             value, hint = getattr(self, spec.name), hints[spec.name]
             wanted, kinds = None, get_args(hint) or (hint,)
@@ -59,6 +60,11 @@ def find_broken_range(value: Any, low: float | None, high: float | None, fractio
     if low is None and high is None:
         return "a number"
     return f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
+
+
+@cache  # a search makes several options
+def _read_hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _plain(value: Any) -> Any:

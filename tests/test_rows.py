@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,3 +62,14 @@ def test_examples_are_left_out_by_a_mask(tmp_path: Path) -> None:
         "q3",
     ]
     assert len(kept) == 4
+
+
+def test_reading_rows_loads_no_pandas() -> None:
+    """It takes a third of a second, which every search would wait for."""
+    script = (
+        "import sys, numpy as np, pyarrow as pa; from pairdr.rows import RowReader; "
+        "reader = RowReader([pa.table({'a': [3, 4, 5]})]); "
+        "assert reader.take(np.array([2, 0]), ('a',)) == [(5,), (3,)]; assert 'pandas' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
