@@ -20,6 +20,7 @@ from pairdr.backends import exported as exported_module
 from pairdr.backends import is_exported, load_encoder, open_encoder
 from pairdr.backends import openvino as openvino_module
 from pairdr.backends.exported import ExportedEncoder
+from pairdr.backends.texts import pad_tokens
 from pairdr.collection import open_collection
 from pairdr.config import EncodeConfig, ModelConfig
 from pairdr.encode import encode_corpus
@@ -29,6 +30,7 @@ from pairdr.export import export_model
 from pairdr.files import hash_json
 from pairdr.records import Passage
 from pairdr.store_config import ExportConfig
+from pairdr.tokens import Tokens
 
 LONG = "the river runs through the town and the market is held on the square near the old bridge " * 40
 QUERIES = ["which river runs through Ashford", "market", "", "Zürich 東京 🙂", LONG]
@@ -328,3 +330,14 @@ def test_the_fingerprint_is_of_all_files_and_the_contract(tmp_path: Path) -> Non
     found.append(exported_module.fingerprint_export(tmp_path, {"query_prefix": ""}))
     assert len(set(found)) == 3
     assert hash_json([]) not in found
+
+
+@pytest.mark.parametrize(("longest", "width"), [(1, 8), (8, 8), (9, 16)])
+def test_passes_are_padded_to_a_multiple(longest: int, width: int) -> None:
+    """Few widths: OpenVINO keeps what it has made for every shape."""
+    tokens = [Tokens([5] * longest, []), Tokens([6], [])]
+    arrays = pad_tokens(tokens, 7, 8)
+    assert {array.shape for array in arrays.values()} == {(2, width)}
+    assert arrays["input_ids"].tolist() == [[5] * longest + [7] * (width - longest), [6] + [7] * (width - 1)]
+    assert arrays["attention_mask"].sum(axis=1).tolist() == [longest, 1]
+    assert pad_tokens(tokens, 7)["input_ids"].shape == (2, longest)

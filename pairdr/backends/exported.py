@@ -28,6 +28,9 @@ TOKENIZER = "tokenizer.json"
 WINDOW = 4096
 """Texts that are tokenised and planned together."""
 
+WIDTH = 8
+"""A pass is padded to a multiple of these tokens: OpenVINO keeps kernels and weights of every shape it has seen."""
+
 Vectors = npt.NDArray[np.float32]
 Forward = Callable[[Arrays], Vectors]
 """Computes one pass, [n, width] to [n, D], on one thread."""
@@ -123,7 +126,7 @@ class ExportedEncoder:
         def compute(tokens: list[Tokens], into: Vectors, group: list[int]) -> None:
             forward = self._idle.get()
             try:
-                into[group] = forward(pad_tokens([tokens[place] for place in group], self._pad_id))
+                into[group] = forward(pad_tokens([tokens[place] for place in group], self._pad_id, WIDTH))
             finally:
                 self._idle.put(forward)
 

@@ -48,9 +48,9 @@ class TextReader:
         ]
 
 
-def pad_tokens(tokens: Sequence[Tokens], pad_id: int) -> Arrays:
-    """Return the arrays of one forward pass, padded on the right to the longest text."""
-    shape = (len(tokens), max(len(t.input_ids) for t in tokens))
+def pad_tokens(tokens: Sequence[Tokens], pad_id: int, multiple: int = 1) -> Arrays:
+    """Return the arrays of one forward pass, padded on the right to the longest text, or to the next multiple."""
+    shape = (len(tokens), -(-max(len(t.input_ids) for t in tokens) // multiple) * multiple)
     arrays = {
         "input_ids": np.full(shape, pad_id, dtype=np.int64),
         "attention_mask": np.zeros(shape, dtype=np.int64),
