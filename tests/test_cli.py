@@ -493,7 +493,7 @@ def change(spec: Field[Any], hint: Any, default: Any) -> Any:
     """Return a value for an option that is allowed and is not its default."""
     if get_origin(hint) is Literal:
         return next(choice for choice in get_args(hint) if choice != default)
-    if spec.name == "unlabelled":
+    if spec.name in ("unlabelled", "labelled"):
         return (Path("more.txt"),)
     if spec.name == "held_out":
         return Path("held-out.txt")

@@ -440,9 +440,13 @@ def test_past_the_queue_there_is_429_and_room_again_later(kept: Path, toy_parts:
         check_error(refused, 429, "queue_full")
         assert refused.headers["retry-after"] == "1"
         check_error(running.client.post("/v1/embeddings", json={"input": ["d", "e"]}), 429, "queue_full")
+        last = ask(pool, running, "f")
+        wait_until(lambda: read_metrics(running.client)[queue] == 4)
+        check_error(running.client.post("/search", content=b"{", headers=JSON), 429, "queue_full")  # is not even read
+        assert read_metrics(running.client)['pairdr_requests_total{path="/search",status="429"}'] == 2
         assert running.client.get("/health").status_code == 200
         gate.go.set()
-        assert [future.result().status_code for future in (first, waits)] == [200, 200]
+        assert [future.result().status_code for future in (first, waits, last)] == [200, 200, 200]
         assert ask(pool, running, "d", "e").result().status_code == 200
         assert read_metrics(running.client)[queue] == 0
 

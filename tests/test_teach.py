@@ -46,6 +46,8 @@ KINDS = ("dual encoder", "bm25", "cross-encoder", "fusion")
 class FakeTeacher:
     """Scores by a function of query id and passage id, and remembers what it was asked."""
 
+    needs_index = False
+
     def __init__(self, name: str, score: Callable[[str, str], float]) -> None:
         self.name, self.score_pair = name, score
         self.asked: list[tuple[str, int]] = []

@@ -95,7 +95,16 @@ def create_app(
     pages = _add_pages(app)
     _add_errors(app)
     open_paths = frozenset({*pages, "/settings", "/health", "/ready"})
-    guard = Guard(app, config=config, keys=keys, open_paths=open_paths, key_paths=("/passages",), meters=meters)
+    guard = Guard(
+        app,
+        config=config,
+        keys=keys,
+        open_paths=open_paths,
+        key_paths=("/passages",),
+        busy_paths=frozenset({"/search", "/v1/embeddings"}),
+        is_full=lambda: service.is_full,
+        meters=meters,
+    )
     if not config.cors_origins:
         return guard
     return CORSMiddleware(  # outside, so that a page can read what it is refused with

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
-from pairdr.serve.failures import ApiError
+from pairdr.serve.failures import refuse_busy
 
 Work = Callable[[Any, list[Any]], Sequence[Any]]
 """Computes as many results as it is given items; all items share a key."""
@@ -74,6 +74,11 @@ class Batcher:
         """Return what the waiting items cost, those of requests that were given up not among them."""
         return sum(request.cost for request in self._requests if not request.answer.done())
 
+    @property
+    def is_full(self) -> bool:
+        """Return whether nothing more is taken."""
+        return self.waiting >= self._room
+
     def start(self) -> None:
         """Begin to compute, in the running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -95,7 +100,7 @@ class Batcher:
         """
         cost, waiting = sum(map(self._weigh, items)), self.waiting
         if waiting and waiting + cost > self._room:
-            raise ApiError(429, "queue_full", "The service is busy. Try again in a moment.", {"Retry-After": "1"})
+            raise refuse_busy()
         answer: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
         self._requests.append(_Request(key, items, cost, answer, time.perf_counter()))
         self._came.set()

@@ -33,6 +33,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "code": self.code}}
 
 
+def refuse_busy() -> ApiError:
+    """Return the error of a request that comes while too much waits."""
+    return ApiError(429, "queue_full", "The service is busy. Try again in a moment.", {"Retry-After": "1"})
+
+
 def exceed_limit(name: str, found: int, limit: int) -> ApiError:
     """Return the error of a request that asks for too much, naming the limit."""
     return ApiError(422, "limit_exceeded", f"{name} is {found}; this service allows at most {limit}.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pairdr.errors import UsageError
-from pairdr.serve.failures import ApiError
+from pairdr.serve.failures import ApiError, refuse_busy
 from pairdr.serve.measuring import Meters
 from pairdr.store_config import ServeConfig
 
@@ -82,6 +82,8 @@ class Guard:
         keys: what opens it.
         open_paths: what needs no key.
         key_paths: prefixes of what needs one even where none is configured, and is off then.
+        busy_paths: what is refused while `is_full`: a body that nobody can answer is not read.
+        is_full: whether too much waits.
         meters: what is counted.
     """
 
@@ -93,10 +95,13 @@ class Guard:
         keys: Keys,
         open_paths: frozenset[str],
         key_paths: tuple[str, ...],
+        busy_paths: frozenset[str],
+        is_full: Callable[[], bool],
         meters: Meters,
     ) -> None:
         self._app, self._config, self._keys, self._meters = app, config, keys, meters
         self._open_paths, self._key_paths = open_paths, key_paths
+        self._busy_paths, self._is_full = busy_paths, is_full
         own = (*LOOPBACK, config.host, *config.hosts)
         self._hosts = {name.lower() for name in own} if is_loopback(config.host) or config.hosts else None
 
@@ -119,14 +124,16 @@ class Guard:
             self._require_host(scope)
             self._require_key(scope)
             self._require_form(scope)
+            if scope["path"] in self._busy_paths and self._is_full():
+                raise refuse_busy()
             await self._app(scope, self._limit_body(scope, receive), sign)
         except ApiError as error:
             if is_sent:
                 raise
             await send_error(sign, error)
         finally:
-            route = scope.get("route")
-            path = getattr(route, "path", None) or "other"
+            path = getattr(scope.get("route"), "path", None)  # as the service names it: what is asked has no end
+            path = path or (scope["path"] if scope["path"] in self._busy_paths else "other")
             self._meters.note_request(path, status, time.perf_counter() - begin)
 
     def _require_host(self, scope: Scope) -> None:

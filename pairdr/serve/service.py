@@ -75,6 +75,11 @@ class Service:
         self.draining = False
         self._note_versions()
 
+    @property
+    def is_full(self) -> bool:
+        """Return whether no text is taken at present."""
+        return self._texts.is_full
+
     def start(self) -> None:
         """Begin to answer and to look for new versions."""
         self._texts.start()
