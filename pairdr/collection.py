@@ -74,6 +74,8 @@ class Collection:
         }
         self.hidden: Qrels = {}
         self.removed: dict[str, int] = {}
+        if manifest.facts.get("strangers"):
+            self.removed["labels of --labelled for passages that are not there"] = manifest.facts["strangers"]
         self._settle_splits()
 
     def qrels(self, split: str) -> Qrels:
@@ -277,14 +279,26 @@ def _convert(inputs: dict[str, Path], staging: Staging, on_duplicate: OnDuplicat
         "query": write_table(staging.path, "queries", ("id", "text"), read_queries(), on_duplicate),
     }
     splits = {name.removeprefix("qrels/"): read_qrels(inputs[name]) for name in inputs if name.startswith("qrels/")}
-    for name in inputs:
-        if name.startswith("labelled/") and name.endswith("/qrels"):
-            train = splits.setdefault("train", {})
-            for query_id, judged in read_qrels(inputs[name]).items():
-                train[query_id] = train.get(query_id, {}) | judged
+    more = [
+        read_qrels(path) for name, path in inputs.items() if name.startswith("labelled/") and name.endswith("/qrels")
+    ]
+    staging.facts["strangers"] = _add_labels(splits, more, TextTable(staging.path, "passages"))
     for split, qrels in splits.items():
         write_qrels(staging.path / "qrels" / f"{split}.tsv", qrels)
     staging.facts["splits"] = list(splits)
+
+
+def _add_labels(splits: dict[str, Qrels], more: Iterable[Qrels], passages: TextTable) -> int:
+    """Add labels to those of training; return how many are left out: what people judged may have gone since."""
+    left_out = 0
+    for qrels in more:
+        train = splits.setdefault("train", {})
+        for query_id, judged in qrels.items():
+            known = {passage_id: relevance for passage_id, relevance in judged.items() if passage_id in passages}
+            left_out += len(judged) - len(known)
+            if known:
+                train[query_id] = train.get(query_id, {}) | known
+    return left_out
 
 
 def _sample(qrels: Qrels, count: int, seed: int) -> list[str]:

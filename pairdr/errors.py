@@ -3,7 +3,8 @@
 ```
 PairdrError                what happened, where, and the way out        exit 1
 ├── UsageError             an option, a key or a path that cannot be    exit 2
-│   └── MissingExtraError  a package that an optional part needs        exit 2
+│   ├── MissingExtraError  a package that an optional part needs        exit 2
+│   └── BusyError          another command is at work in the folder     exit 2
 ├── DataError              a file of the user's data is broken          exit 1
 ├── ArtefactError          an output folder is missing, broken or does not fit   exit 1
 ├── RefusedError           the work could go on, but the result would mislead     exit 1
@@ -47,6 +48,13 @@ class MissingExtraError(UsageError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"This needs the package {package}.", remedy=f"Install it with: pip install 'pairdr[{extra}]'")
+
+
+class BusyError(UsageError):
+    """Another command is at work in a folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__("Another command is at work here.", path=path, remedy="Wait for it.")
 
 
 class DataError(PairdrError):

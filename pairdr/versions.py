@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pairdr.artefact import MANIFEST, publish_version, read_manifest
-from pairdr.errors import ArtefactError, PairdrError, UsageError
+from pairdr.errors import ArtefactError, BusyError, PairdrError, UsageError
 from pairdr.files import describe_file, explain_failed_writes, hash_file, hash_json, hold_lock, replace_file
 from pairdr.ids import hash_text, write_id_index
 from pairdr.records import Passage
@@ -190,7 +190,7 @@ def write_store(folder: str | Path, dtype: Dtype, encoder: str) -> Iterator[Stor
             with hold_lock(folder, wait=False):
                 yield StoreWriter(folder, dtype, encoder)
         except BlockingIOError as error:
-            raise UsageError("Another writer is at work here.", path=folder, remedy="Wait for it.") from error
+            raise BusyError(folder) from error
 
 
 def delete_passages(folder: str | Path, passage_ids: Sequence[str]) -> VectorStore:

@@ -366,9 +366,17 @@ def test_a_labelled_folder_without_labels_or_questions_is_named(folder: Path, tm
         open_collection(folder, DataConfig(labelled=(tmp_path / "feedback",)))
 
 
-def test_a_label_of_feedback_for_a_passage_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'nowhere'"):
-        open_collection(folder, DataConfig(labelled=(make_feedback(tmp_path / "feedback", {"f1": {"nowhere": 1}}),)))
+def test_labels_of_feedback_for_passages_that_are_not_there_are_left_out_and_counted(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A passage that was added through the service is none of the data's."""
+    labels = {"f1": {"nowhere": 1, "p2": 1}, "f2": {"nowhere": 1}}
+    found = open_collection(folder, DataConfig(labelled=(make_feedback(tmp_path / "feedback", labels),)))
+    assert found.qrels("train")["f1"] == {"p2": 1}
+    assert "f2" not in found.qrels("train")
+    assert found.removed["labels of --labelled for passages that are not there"] == 2
+    assert "2 labels of --labelled" in " ".join(check_collection(found, ModelConfig()).warnings)
+    assert "labels of --labelled for passages that are not there" not in open_collection(folder).removed
 
 
 def test_a_missing_unlabelled_file_is_named(folder: Path, tmp_path: Path) -> None:

@@ -125,6 +125,19 @@ def test_two_services_do_not_write_to_one_folder(tmp_path: Path) -> None:
     second.close()
 
 
+def test_other_data_are_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "corpus.jsonl.gz").touch()
+    (tmp_path / "questions").mkdir()
+    line = '{"_id": "q1", "text": "a", "metadata": {"kind": "b"}}\n'
+    (tmp_path / "questions" / "queries.jsonl").write_text(line, encoding="utf-8")
+    for name in ("data", "questions"):
+        with pytest.raises(UsageError, match="Choose a folder of its own"):
+            Feedback(tmp_path / name)
+    assert (tmp_path / "questions" / "queries.jsonl").read_text(encoding="utf-8") == line
+    assert not (tmp_path / "data" / "qrels").exists()
+
+
 def test_labels_that_come_at_once_are_all_written(tmp_path: Path) -> None:
     feedback = Feedback(tmp_path)
     with ThreadPoolExecutor(8) as pool:

@@ -19,7 +19,8 @@ from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig
 from pairdr.encode import upsert_passages
 from pairdr.encoder import DualEncoder
-from pairdr.errors import ArtefactError, UsageError
+from pairdr.errors import ArtefactError, BusyError, UsageError
+from pairdr.files import hold_lock
 from pairdr.formats import format_metadata
 from pairdr.index import build_index
 from pairdr.lexical import LexicalIndex, index_words
@@ -29,7 +30,7 @@ from pairdr.serve import shelf as shelf_module
 from pairdr.serve.failures import ApiError
 from pairdr.serve.measuring import Meters
 from pairdr.serve.service import Service
-from pairdr.serve.shelf import SharedEncoder, Shelf, Snapshot, follow_words, read_widths
+from pairdr.serve.shelf import SharedEncoder, Shelf, Snapshot, follow_words, mend_words, read_widths
 from pairdr.store_config import IndexConfig, ServeConfig
 from pairdr.vectors import VectorStore
 from pairdr.versions import delete_passages
@@ -240,13 +241,16 @@ def test_a_reranker_that_knows_nothing_of_the_index_stays_open(
     assert len(made) == opened
 
 
-def test_words_that_no_writer_left_behind_are_not_touched_unless_passages_are_written_here(
-    place: Path, toy_parts: Parts, capsys: pytest.CaptureFixture[str]
+def test_words_of_a_killed_writer_are_indexed_where_its_note_names_them(
+    place: Path, toy_parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a service leaves them that was killed between the vectors and their words."""
     words = place.parent / "bm25"
     index_words(VectorStore(place), LexicalConfig(k1=1.1, language="none"), words)
-    store = publish_vectors(place, toy_parts, 2)
+    parts = find_parts(place, words=words)
+    with pytest.raises(KeyboardInterrupt), follow_words(parts):
+        store = publish_vectors(place, toy_parts, 2)
+        raise KeyboardInterrupt
     with pytest.raises(ArtefactError, match="have changed since their words were indexed"):
         open_shelf(place, toy_parts)
     capsys.readouterr()
@@ -256,9 +260,32 @@ def test_words_that_no_writer_left_behind_are_not_touched_unless_passages_are_wr
     found = LexicalIndex(words)
     assert found.config == LexicalConfig(k1=1.1, language="none")
     assert found.passages_fingerprint == store.passages_fingerprint
+    before, files = read_manifest(words), set(place.parent.iterdir())
+    with follow_words(parts):
+        pass
+    mend_words(parts)
+    assert (read_manifest(words), set(place.parent.iterdir())) == (before, files)
+
+
+def test_words_that_no_note_names_are_left_alone(place: Path, toy_parts: Parts, tmp_path: Path) -> None:
+    """They may be another folder's, or those of a command that is about to index them itself."""
+    words = place.parent / "bm25"
+    publish_vectors(place, toy_parts, 2)
     before = read_manifest(words)
-    follow_words(find_parts(place, words=words))
+    with pytest.raises(ArtefactError, match="have changed since their words were indexed"):
+        open_shelf(place, toy_parts, writes=True)
+    other = Path(shutil.copytree(words, tmp_path / "other"))
+    with pytest.raises(KeyboardInterrupt), follow_words(find_parts(place, words=other)):
+        raise KeyboardInterrupt
+    with pytest.raises(ArtefactError, match="have changed since their words were indexed"):
+        open_shelf(place, toy_parts, writes=True)
     assert read_manifest(words) == before
+
+
+def test_nobody_mends_words_beside_another_command(work: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(work, tmp_path / "work"))
+    with hold_lock(copy), pytest.raises(BusyError):
+        Shelf(copy, ModelConfig(device="cpu"), ["pair"], writes=True, clock=no_clock)
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
@@ -331,8 +358,8 @@ def test_a_start_that_no_longer_fits_the_words_is_left_out(work: Path, tmp_path:
     """Passages were changed where the trained model alone was served; named, the other one is refused."""
     copy = Path(shutil.copytree(work, tmp_path / "work"))
     shelf = Shelf(copy, ModelConfig(device="cpu"), ["pair"], writes=True, clock=no_clock)
-    delete_passages(copy / "vectors" / "pair", ["calder-river"])
-    follow_words(shelf.find_parts("pair"))
+    with follow_words(shelf.find_parts("pair")):
+        delete_passages(copy / "vectors" / "pair", ["calder-river"])
     assert shelf.refresh() == ["pair"]
     assert Shelf(copy, ModelConfig(device="cpu"), clock=no_clock).names == ["pair"]
     with pytest.raises(ArtefactError, match="have changed since their words were indexed"):

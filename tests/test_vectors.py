@@ -341,7 +341,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     build(tmp_path / "v", make_texts(9))
     with (
         write_store(tmp_path / "v", "float32", ENCODER.fingerprint),
-        pytest.raises(UsageError, match="Another writer is at work here"),
+        pytest.raises(UsageError, match="Another command is at work here"),
     ):
         delete_passages(tmp_path / "v", ["p001"])
 

@@ -253,7 +253,8 @@ def _add_feedback(app: FastAPI, service: Service, feedback: Feedback) -> None:
     @app.post("/feedback", summary="Say whether a passage answers a question", dependencies=KEYED)
     def post_feedback(form: forms.FeedbackForm) -> Response:
         service.require_texts("query", [form.query])
-        service.require_passage(form.passage_id)
+        if form.relevant is not None:
+            service.require_passage(form.passage_id)
         return _write({"labels": feedback.label(form.query, form.passage_id, form.relevant)})
 
 

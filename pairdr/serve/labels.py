@@ -20,6 +20,8 @@ from pairdr.records import Qrels
 from pairdr.serve.failures import ApiError
 
 MOST_LABELS = 100_000
+PREFIX = "feedback-"
+"""Of the ids of questions."""
 
 
 class Feedback:
@@ -32,21 +34,24 @@ class Feedback:
         folder: made where there is none; what it holds already is kept.
 
     Raises:
-        UsageError: another service writes there.
+        UsageError: another service writes there, or it holds other questions than feedback's, which would be rewritten.
         DataError: what it holds cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self._queries, self._qrels_file = folder / "queries.jsonl", folder / "qrels" / "train.tsv"
         self._lock, self._open = threading.Lock(), ExitStack()
+        lines = read_texts(self._queries, QUERY_KEYS) if self._queries.is_file() else ()
+        self._texts = {query_id: text for _, (query_id, text) in lines}
+        self._qrels: Qrels = read_qrels(self._qrels_file) if self._qrels_file.is_file() else {}
+        is_data = any((folder / f"corpus.jsonl{end}").exists() for end in ("", ".gz"))
+        if is_data or not all(query_id.startswith(PREFIX) for query_id in (*self._texts, *self._qrels)):
+            raise UsageError("Other data stand there.", path=folder, remedy="Choose a folder of its own for feedback.")
         self._qrels_file.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._open.enter_context(hold_lock(folder, wait=False))
         except BlockingIOError as error:
             raise UsageError("Another service writes there.", path=folder, remedy="Choose another folder.") from error
-        lines = read_texts(self._queries, QUERY_KEYS) if self._queries.is_file() else ()
-        self._texts = {query_id: text for _, (query_id, text) in lines}
-        self._qrels: Qrels = read_qrels(self._qrels_file) if self._qrels_file.is_file() else {}
 
     def label(self, query: str, passage_id: str, relevant: bool | None) -> int:
         """Write a label, or take it back (None), and return how many there are.
@@ -54,7 +59,7 @@ class Feedback:
         Raises:
             ApiError: there are too many.
         """
-        query_id = "feedback-" + hashlib.sha256(normalise_text(query).encode()).hexdigest()[:16]
+        query_id = PREFIX + hashlib.sha256(normalise_text(query).encode()).hexdigest()[:16]
         with self._lock:
             known = self._qrels.get(query_id, {})
             count = sum(map(len, self._qrels.values()))

@@ -7,15 +7,13 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from pairdr.config import EncodeConfig
-from pairdr.errors import DataError, PairdrError, UsageError
-from pairdr.files import hold_lock
+from pairdr.errors import BusyError, DataError, PairdrError, UsageError
 from pairdr.formats import format_metadata
 from pairdr.fusion import sort_hits
 from pairdr.progress import say
@@ -245,14 +243,12 @@ class Service:
         """Make a version of the vectors, index its words, and serve both."""
         snapshot = self.shelf.take(None)
         try:
-            with hold_lock(self.shelf.place, wait=False) if self.shelf.is_work else nullcontext():
+            with self.shelf.lock(), follow_words(self.shelf.find_parts(snapshot.name)):
                 write(snapshot)
-                follow_words(self.shelf.find_parts(snapshot.name))
-        except BlockingIOError as error:
-            raise ApiError(409, "conflict", "Another command is at work in this folder. Try again later.") from error
+        except BusyError as error:
+            raise ApiError(409, "conflict", _explain(error)) from error
         except (UsageError, DataError) as error:
-            busy = "Another writer" in error.what
-            raise ApiError(409 if busy else 422, "conflict" if busy else "invalid_value", _explain(error)) from error
+            raise ApiError(422, "invalid_value", _explain(error)) from error
         except PairdrError as error:  # a full disk, say: the old version answers on
             say(f"pairdr: writing passages failed: {error}")
             raise ApiError(500, "write_failed", _explain(error)) from error
@@ -266,6 +262,8 @@ class Service:
         """Look for newly published versions, again and again."""
         while True:
             await asyncio.sleep(self.config.watch_seconds)
+            if self._writing.locked():
+                continue  # between vectors and words nothing fits, and the writer looks itself
             try:
                 await asyncio.to_thread(self._refresh)
             except Exception as error:  # a broken disk, say: the old version answers on

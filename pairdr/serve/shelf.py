@@ -6,9 +6,10 @@ them open, so no answer is mixed of two versions and none is dropped.
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.config import ModelConfig
-from pairdr.errors import ArtefactError, PairdrError, UsageError
-from pairdr.files import hold_lock
+from pairdr.errors import ArtefactError, BusyError, PairdrError, UsageError
+from pairdr.files import hold_lock, replace_file
 from pairdr.lexical import LexicalIndex, index_words
 from pairdr.parts import TEACHER, Parts, find_parts, is_work_folder
 from pairdr.progress import say
@@ -134,7 +135,8 @@ class Shelf:
         self._refused: dict[str, tuple[object, str]] = {}
         chosen = self._choose_names(names)
         if writes and len(chosen) == 1:
-            follow_words(self.find_parts(chosen[0]))
+            with self.lock():
+                mend_words(self.find_parts(chosen[0]))
         for name in chosen:
             try:
                 self._stamps[name], self._snapshots[name] = self._open(name)
@@ -152,6 +154,19 @@ class Shelf:
     def is_work(self) -> bool:
         """Return whether this is a work folder, where other commands may be at work."""
         return is_work_folder(self.place)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other commands out of a work folder while the block runs.
+
+        Raises:
+            UsageError: one is at work there.
+        """
+        try:
+            with hold_lock(self.place, wait=False) if self.is_work else nullcontext():
+                yield
+        except BlockingIOError as error:
+            raise BusyError(self.place) from error
 
     @property
     def stale(self) -> dict[str, str]:
@@ -235,13 +250,49 @@ class Shelf:
         return known[1]
 
 
-def follow_words(parts: Parts) -> None:
-    """Index the words of vectors anew where they are those of another version."""
+@contextmanager
+def follow_words(parts: Parts) -> Iterator[None]:
+    """Let words follow the vectors that the block changes. A note beside the vectors says so until both are there."""
     if parts.words is None:
+        yield
+        return
+    note = _find_note(parts)
+    replace_file(note, json.dumps(_describe_words(parts.words)))
+    try:
+        yield
+        _index_anew(parts)
+    finally:
+        if _fit_words(parts):
+            note.unlink(missing_ok=True)
+
+
+def mend_words(parts: Parts) -> None:
+    """Index the words of vectors whose writer was killed before it did; words that no note names are left alone."""
+    note = _find_note(parts)
+    if parts.words is None or not note.is_file():
+        return
+    if json.loads(note.read_text(encoding="utf-8")) == _describe_words(parts.words):
+        _index_anew(parts)
+    note.unlink(missing_ok=True)
+
+
+def _find_note(parts: Parts) -> Path:
+    return parts.vectors.with_name(f".{parts.vectors.name}.words.json")
+
+
+def _describe_words(words: Path) -> dict[str, str]:
+    return {"words": str(words.resolve()), "fingerprint": read_manifest(words, "bm25").fingerprint}
+
+
+def _fit_words(parts: Parts) -> bool:
+    assert parts.words is not None
+    return LexicalIndex(parts.words).passages_fingerprint == VectorStore(parts.vectors).passages_fingerprint
+
+
+def _index_anew(parts: Parts) -> None:
+    if parts.words is None or _fit_words(parts):
         return
     words = LexicalIndex(parts.words)
-    if words.passages_fingerprint == VectorStore(parts.vectors).passages_fingerprint:
-        return
     with hold_lock(parts.vectors):  # else words of this version could be put in the place of a newer one's
         store = VectorStore(parts.vectors)
         say(f"pairdr: indexing the words of version {store.version}")

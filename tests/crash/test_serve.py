@@ -48,7 +48,9 @@ from pairdr.encode import upsert_passages  # noqa: E402
 from pairdr.export import export_model  # noqa: E402
 from pairdr.formats import format_metadata  # noqa: E402
 from pairdr.lexical import index_words  # noqa: E402
+from pairdr.parts import find_parts  # noqa: E402
 from pairdr.records import Passage  # noqa: E402
+from pairdr.serve.shelf import follow_words  # noqa: E402
 from pairdr.vectors import VectorStore  # noqa: E402
 
 if TYPE_CHECKING:
@@ -430,7 +432,9 @@ def post_passages(client: httpx.Client, rows: list[dict[str, Any]]) -> dict[str,
 def test_killed_between_vectors_and_words_it_starts_again_where_it_may_write(
     place: Path, model: Path, encoder: Encoder
 ) -> None:
-    store = publish_vectors(place, encoder, 2)
+    with pytest.raises(KeyboardInterrupt), follow_words(find_parts(place, words=place.parent / "bm25")):
+        store = publish_vectors(place, encoder, 2)
+        raise KeyboardInterrupt
     with Process(place, model) as process:  # where nobody writes through it, it leaves the words alone
         assert process.wait() == 1
         (said,) = process.said
