@@ -279,9 +279,8 @@ def _convert(inputs: dict[str, Path], staging: Staging, on_duplicate: OnDuplicat
         "query": write_table(staging.path, "queries", ("id", "text"), read_queries(), on_duplicate),
     }
     splits = {name.removeprefix("qrels/"): read_qrels(inputs[name]) for name in inputs if name.startswith("qrels/")}
-    more = [
-        read_qrels(path) for name, path in inputs.items() if name.startswith("labelled/") and name.endswith("/qrels")
-    ]
+    labelled = [path for name, path in inputs.items() if name.startswith("labelled/") and path.suffix == ".tsv"]
+    more = map(read_qrels, labelled)
     staging.facts["strangers"] = _add_labels(splits, more, TextTable(staging.path, "passages"))
     for split, qrels in splits.items():
         write_qrels(staging.path / "qrels" / f"{split}.tsv", qrels)
