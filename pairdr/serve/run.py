@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -28,7 +29,8 @@ def serve_app(app: Asgi, service: Service, keys: Keys, config: ServeConfig) -> N
     if not is_loopback(host) and not keys:
         say("pairdr: this service is open to everybody who reaches it; --api-keys FILE asks for a key")
     say(f"pairdr: http://{name}:{port}  (Ctrl-C ends it)")
-    make_server(app, service).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # it has ended as it should
+        make_server(app, service).run(sockets=[listener])
 
 
 def make_server(app: Asgi, service: Service) -> uvicorn.Server:

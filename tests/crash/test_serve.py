@@ -388,6 +388,14 @@ def test_a_killed_service_answers_again_with_the_same_version(kept: Path, model:
     assert len(kinds) == len(WAYS)  # the same answers as before
 
 
+def test_ctrl_c_is_how_it_ends(place: Path, model: Path) -> None:
+    with Process(place, model) as process:
+        with open_client(process) as client:
+            assert client.get("/ready").status_code == 200
+        assert process.end(signal.SIGINT) == 0
+        assert not [line for line in process.said if "Interrupted" in line or "Traceback" in line]
+
+
 def test_a_service_that_is_killed_while_it_writes_starts_again_with_a_whole_version(place: Path, model: Path) -> None:
     editions = {name_version(VectorStore(place)): 1}
     process = Process(place, model, environment=ENVIRONMENT)
