@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pairdr.artefact import MANIFEST
+from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.backends import load_encoder, open_encoder
 from pairdr.config import ModelConfig
 from pairdr.errors import ArtefactError
@@ -83,6 +83,7 @@ def find_parts(
                 path=place,
                 remedy="Run pairdr run DATA -o WORK, or pairdr encode, first.",
             )
+        read_manifest(place, "vectors")  # before a model is loaded for something else
         given = None if words is None else Path(words)
         return Parts(place.resolve().name, place, None, given, chosen, None, "auto", QueryConfig().depth, place)
     facts = _read_work(place / WORK_FILE)

@@ -269,6 +269,12 @@ def test_nothing_found_is_nothing_to_rerank(judged: Running, worked: Running) ->
         assert (answer["reranked"], list_ids(answer)) == (True, [])
 
 
+def test_a_parameter_that_is_none_is_refused(asked: Running) -> None:
+    """A filter with another name would be no filter, and nobody would notice."""
+    said = check_error(asked.client.get("/search?q=a&filters=kind=river"), 422, "invalid_value")
+    assert said.startswith("'filters' is no parameter. There are: filter, ")
+
+
 def test_without_a_reranker_none_is_promised(asked: Running) -> None:
     assert asked.client.get("/settings").json()["models"][0]["reranker"] is False
     check_error(asked.client.get("/search?q=a&rerank=true"), 422, "no_reranker")

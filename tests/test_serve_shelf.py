@@ -312,6 +312,11 @@ def test_an_unknown_model_is_named_and_nothing_is_opened(
     assert str(place) not in error.value.message
 
 
+def test_what_holds_something_else_is_refused_before_a_model_is_loaded(work: Path) -> None:
+    with pytest.raises(ArtefactError, match="model"):
+        find_parts(work / "models" / "pair")
+
+
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path, toy_parts: Parts) -> None:
     with pytest.raises(ArtefactError, match="no vectors, and no finished work folder"):
         open_shelf(tmp_path, toy_parts)

@@ -30,6 +30,7 @@ from pairdr.store_config import Mode, ServeConfig
 Answer = TypeVar("Answer")
 MOST_SAID = 100
 """Characters of what a client has sent that an error repeats."""
+SEARCH_PARAMETERS = {"q", "k", "mode", "rerank", "filter", "fold", "model"}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 KEYED = [Security(HTTPBearer(auto_error=False, description="Where the service was started with --api-keys."))]
 """Says in the document what needs a key; `Guard` asks for it."""
@@ -135,6 +136,7 @@ def _add_searching(app: FastAPI, service: Service) -> None:
 
     @app.get("/search", response_model=forms.SearchAnswer, summary="Search one question", dependencies=KEYED)
     async def get_search(
+        request: Request,
         q: Annotated[str, Query(description="The question.")],
         k: Annotated[int | None, Query(ge=1, description="Passages; unset: 10.")] = None,
         mode: Annotated[Mode, Query(description=_describe("mode"))] = "auto",
@@ -143,6 +145,10 @@ def _add_searching(app: FastAPI, service: Service) -> None:
         fold: Annotated[bool, Query(description=_describe("fold"))] = False,
         model: Annotated[str | None, Query(description=_describe("model"))] = None,
     ) -> Response:
+        unknown = sorted(set(request.query_params) - SEARCH_PARAMETERS)
+        if unknown:
+            there = ", ".join(sorted(SEARCH_PARAMETERS))
+            raise ApiError(422, "invalid_value", f"{unknown[0][:100]!r} is no parameter. There are: {there}.")
         values = {"query": q, "k": k, "mode": mode, "rerank": rerank, "filters": filter, "fold": fold, "model": model}
         return await answer_search(forms.SearchForm.model_validate(values))
 
