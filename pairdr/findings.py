@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pairdr.errors import DataError, UsageError
-from pairdr.files import replace_file
+from pairdr.files import hold_lock, replace_file
 
 AUDIT_FILE = "audit.tsv"
 KINDS = ("near_copy", "negative_above_positive", "contradicted", "unretrieved_positive")
@@ -157,17 +157,18 @@ def write_marks(path: str | Path, marks: Mapping[tuple[str, str], str]) -> list[
     unknown = [mark for mark in marks.values() if mark not in ("", *MARKS)]
     if unknown:
         raise UsageError(f"{unknown[0]!r} is no mark.", path=path, remedy=f"There are: {', '.join(MARKS)}.")
-    strangers = marks.keys() - {finding.pair for finding in read_audit(path)}
-    if strangers:
-        query_id, passage_id = min(strangers)
-        raise UsageError(
-            f"There is no finding for query {query_id!r} and passage {passage_id!r}.",
-            path=path,
-            remedy="Mark what the audit lists.",
-        )
-    (_, header), *rows = _read_rows(path)
-    _write_rows(path, [header, *(_mark_row(header, row, marks, path, line) for line, row in rows)])
-    return read_audit(path)
+    with hold_lock(path.parent):  # else of two who mark at once one loses
+        strangers = marks.keys() - {finding.pair for finding in read_audit(path)}
+        if strangers:
+            query_id, passage_id = min(strangers)
+            raise UsageError(
+                f"There is no finding for query {query_id!r} and passage {passage_id!r}.",
+                path=path,
+                remedy="Mark what the audit lists.",
+            )
+        (_, header), *rows = _read_rows(path)
+        _write_rows(path, [header, *(_mark_row(header, row, marks, path, line) for line, row in rows)])
+        return read_audit(path)
 
 
 def find_audit_file(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,11 @@ def test_marks_are_set_and_taken_away_and_nothing_else_changes(tmp_path: Path) -
     with pytest.raises(UsageError, match="There is no finding for query 'q1' and passage 'p9'"):
         write_marks(tmp_path, {("q1", "p9"): "drop"})
     assert read_audit(tmp_path) == marked
+
+
+def test_who_marks_at_once_loses_nothing(tmp_path: Path) -> None:
+    rows = [Finding(kind="near_copy", label="negative", query_id=f"q{at}", passage_id="p") for at in range(40)]
+    write_audit(tmp_path / AUDIT_FILE, rows)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: write_marks(tmp_path, {row.pair: "drop"}), rows))
+    assert [finding.mark for finding in read_audit(tmp_path)] == ["drop"] * 40
