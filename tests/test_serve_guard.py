@@ -749,7 +749,7 @@ def test_a_head_that_does_not_come_is_given_up(kept: Path, toy_parts: Parts) -> 
             connection.sendall(b"GET / HTTP/1.1\r\nHos")
             while data := connection.recv(65_536):
                 found += data
-        assert found.endswith(b'"code": "slow_head"}}')
+        assert found.endswith(b'"code":"slow_head"}}')
 
 
 def test_a_head_without_end_is_431(asked: Running) -> None:

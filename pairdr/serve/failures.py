@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
 
 _TYPES = {
@@ -31,6 +32,10 @@ class ApiError(Exception):
         """Return what is sent."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "code": self.code}}
+
+    def to_bytes(self) -> bytes:
+        """Return what is sent, as it is sent."""
+        return json.dumps(self.body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def refuse_busy() -> ApiError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
@@ -201,7 +200,7 @@ class Guard:
 
 async def send_error(send: Send, error: ApiError) -> None:
     """Send an error in its form; the connection is closed where the rest of a body would still come."""
-    body = json.dumps(error.body).encode()
+    body = error.to_bytes()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.status in (408, 413):
         headers.append((b"connection", b"close"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -73,7 +72,7 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         if self.transport.is_closing():
             return
-        body = json.dumps(error.body).encode()
+        body = error.to_bytes()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
