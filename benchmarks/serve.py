@@ -5,8 +5,9 @@
     python benchmarks/serve.py memory --model MODEL --export EXPORT [--requests 50000]
     python benchmarks/serve.py ready --model MODEL --export EXPORT
 
-MODEL is a model that pairdr saved, EXPORT its export. Both encode the passages once, into --work. With PAIRDR_DATA
-these are passages of en_qa_mix, and then of debian_packages and pycode, and the questions are theirs; else synthetic.
+MODEL is a model that pairdr saved, EXPORT its export, which encodes the passages once, into --work; all three search
+these vectors, since only answering is measured. With PAIRDR_DATA the passages are those of en_qa_mix, and then of
+debian_packages and pycode, and the questions are theirs; else both are synthetic.
 
 load: pairdr with the export, pairdr with the model, and the rival (serve_rival.py) with the model take turns, round by
 round, while the others are idle. Clients ask again as soon as they are answered (serve_load.py), a text a request. The
@@ -91,13 +92,12 @@ def prepare(work: Path, model: str, export: str, count: int, kind: str) -> Place
     data = folder / "data"
     if not (data / "qrels" / "test.tsv").is_file():
         write_real(data, count) if "PAIRDR_DATA" in os.environ else write_drawn(data, count)
-    stores = {}
-    for name, start in (("export", export), ("model", model)):
-        stores[name] = folder / name
-        if not (stores[name] / "manifest.json").is_file():
-            seconds = run_command("encode", str(data), "--start", start, "-o", str(stores[name]))
-            print(f"encoded {count} passages with the {name} in {seconds:.0f} s", flush=True)
-    write_rival(stores["model"], folder / "rival")
+    stores = {name: folder / name for name in ("export", "model")}
+    if not (stores["export"] / "manifest.json").is_file():
+        seconds = run_command("encode", str(data), "--start", export, "-o", str(stores["export"]))
+        print(f"encoded {count} passages with the export in {seconds:.0f} s", flush=True)
+    copy_store(stores["export"], stores["model"], model)
+    write_rival(stores["export"], folder / "rival")
 
     def serve(name: str, start: str) -> list[str]:
         return ["-m", "pairdr", "serve", str(stores[name]), "--start", start, "--port", "0"]
@@ -154,6 +154,23 @@ def read_texts(path: Path) -> list[str]:
     texts = [text for text in texts if len(text) <= MOST_CHARACTERS]
     random.Random(SEED).shuffle(texts)
     return texts[:TEXTS]
+
+
+def copy_store(store: Path, folder: Path, model: str) -> None:
+    """Write the same vectors and passages in the name of another model, so that they are served with it."""
+    from pairdr.backends import open_encoder
+    from pairdr.vectors import VectorStore
+    from pairdr.versions import write_store
+
+    encoder, opened = open_encoder(Path(model), "cpu"), VectorStore(store)
+    with write_store(folder, opened.dtype, encoder.fingerprint) as writer:
+        if writer.base is not None and writer.base.passages_fingerprint == opened.passages_fingerprint:
+            return
+        for (_, vectors), passages in zip(opened.read_blocks(), opened.read_passages(), strict=True):
+            name = writer.name_shard(passages)
+            writer.write_shard(name, passages, vectors)
+            writer.shards.append((name, len(passages)))
+        writer.publish(opened.passages_fingerprint, opened.dimensions, opened.similarity, {})
 
 
 def write_rival(store: Path, folder: Path) -> None:

@@ -39,7 +39,7 @@ def serve(
     """
     try:
         from pairdr.serve.app import create_app
-        from pairdr.serve.run import serve_app
+        from pairdr.serve.run import bind_address, serve_app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("pairdr"):
             raise
@@ -51,23 +51,21 @@ def serve(
     from pairdr.serve.shelf import Shelf
 
     quiet_libraries()
-    keys, meters = Keys.read(api_keys), Meters()
-    shelf = Shelf(
-        place,
-        model,
-        options.models,
-        words=words,
-        index=index,
-        reranker=reranker,
-        writes=len(keys) > 0,
-        clock=meters.clock,
-    )
-    service = Service(shelf, options, meters)
-    app = create_app(
-        service,
-        meters,
-        keys,
-        feedback=None if feedback is None else Feedback(feedback),
-        review=None if audit is None else Review(audit),
-    )
-    serve_app(app, service, keys, options)
+    with bind_address(options) as listener:
+        # What can be wrong at once is said before a model is loaded.
+        keys, meters = Keys.read(api_keys), Meters()
+        labels = None if feedback is None else Feedback(feedback)
+        review = None if audit is None else Review(audit)
+        shelf = Shelf(
+            place,
+            model,
+            options.models,
+            words=words,
+            index=index,
+            reranker=reranker,
+            writes=len(keys) > 0,
+            clock=meters.clock,
+        )
+        service = Service(shelf, options, meters)
+        app = create_app(service, meters, keys, feedback=labels, review=review)
+        serve_app(app, service, keys, listener)

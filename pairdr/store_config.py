@@ -144,7 +144,9 @@ class ServeConfig(Options):
 
     host: str = option("127.0.0.1", "Address to listen on; the default is reached from this machine alone.")
     port: int = option(8000, "Port; 0 takes a free one.", low=0, high=65535)
-    models: tuple[str, ...] = option((), "Models of a work folder, the default first; unset: trained and start.")
+    models: tuple[str, ...] = option(
+        (), "A model of a work folder; may be repeated, the default first; unset: trained and start."
+    )
     batch_texts: int = option(64, "Texts, or pairs that are reranked, from which a batch is full.", low=1)
     batch_wait: float = option(2.0, "Milliseconds that an idle batch waits for company.", low=0, high=1000)
     queue_texts: int = option(512, "Most texts, or pairs, that wait; past it the answer is 429.", low=1)

@@ -22,12 +22,13 @@ import uvicorn
 from pairdr.backends import Encoder
 from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig
 from pairdr.encode import encode_corpus
-from pairdr.lexical import index_words
+from pairdr.files import hash_json
+from pairdr.lexical import LexicalIndex, index_words
 from pairdr.serve.app import create_app
 from pairdr.serve.guard import Asgi, Keys
 from pairdr.serve.labels import Feedback, Review
 from pairdr.serve.measuring import Meters
-from pairdr.serve.run import listen, make_server
+from pairdr.serve.run import bind_address, make_server
 from pairdr.serve.service import Service
 from pairdr.serve.shelf import Shelf
 from pairdr.store_config import ServeConfig
@@ -46,6 +47,7 @@ class Running(NamedTuple):
     url: str
     client: httpx.Client
     service: Service
+    stop: Callable[[], None]
 
     def search(self, **body: Any) -> dict[str, Any]:
         """Return what a search answers."""
@@ -88,6 +90,12 @@ def make_place(folder: Path, corpus: Path, encoder: Encoder) -> Path:
     )
     index_words(store, LexicalConfig(), folder / "bm25")
     return folder / "v"
+
+
+def name_version(vectors: Path, words: Path | None = None) -> str:
+    """Return the version that a service of these vectors and words names."""
+    store, index = VectorStore(vectors), LexicalIndex(words or vectors.parent / "bm25")
+    return f"{store.version}-{hash_json([store.fingerprint, index.fingerprint, store.encoder])[:12]}"
 
 
 def read_rows(place: Path) -> list[dict[str, Any]]:
@@ -141,23 +149,31 @@ def run_service(
     review = None if audit is None else Review(audit)
     app = create_app(service, meters, Keys(keys), feedback=labels, review=review)
     headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
-    with run_app(app, service) as url, httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
-        yield Running(url, client, service)
+    with (
+        run_app(app, service) as (url, stop),
+        httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as client,
+    ):
+        yield Running(url, client, service, stop)
 
 
 @contextmanager
-def run_app(app: Asgi, service: Service) -> Iterator[str]:
-    """Answer requests in a thread, and yield the address."""
-    listener = listen(service.config)
+def run_app(app: Asgi, service: Service) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Answer requests in a thread, and yield the address, and what SIGTERM does."""
+    listener = bind_address(service.config)
+    listener.listen()
     server: uvicorn.Server = make_server(app, service)
     thread = threading.Thread(target=server.run, args=([listener],))
+
+    def stop() -> None:
+        server.should_exit = True
+
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive())
         host, port = listener.getsockname()
-        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}", stop
     finally:
-        server.should_exit = True
+        stop()
         thread.join(PATIENCE)
         assert not thread.is_alive()
 

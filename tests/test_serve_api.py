@@ -23,6 +23,7 @@ from serving import (
     make_place,
     make_work,
     mark_edition,
+    name_version,
     read_metrics,
     read_rows,
     run_service,
@@ -130,7 +131,7 @@ def test_a_search_answers_what_a_searcher_does(asked: Running, kept: Path, toy_p
     assert answer.pop("milliseconds") >= 0
     assert answer == {
         "model": "v",
-        "version": f"1-{store.fingerprint[:12]}",
+        "version": name_version(kept),
         "mode": mode,
         "reranked": False,
         "results": [{"query": QUESTION}],
@@ -238,6 +239,11 @@ def test_wrong_parameters_are_refused(asked: Running, parameters: dict[str, str]
     check_error(asked.client.get(f"/search?{query}"), 422, "invalid_value")
 
 
+def test_parameters_are_named_as_they_are_written(asked: Running) -> None:
+    for query, name in (("q=%20", "q: "), ("q=a&filter=b%3Dc&filter=", "filter.1: "), ("q=a&k=0", "k: ")):
+        assert check_error(asked.client.get(f"/search?{query}"), 422, "invalid_value").startswith(name)
+
+
 def test_half_characters_in_an_address_are_replaced(asked: Running) -> None:
     answer = asked.client.get("/search?q=a%ff%ed%a0%80")
     assert answer.status_code == 200
@@ -303,12 +309,12 @@ DOCUMENTS: list[Any] = [
 ]
 
 
-def test_texts_are_ordered_by_the_models_similarity(asked: Running, toy_parts: Parts) -> None:
+def test_texts_are_ordered_by_the_models_similarity(asked: Running, kept: Path, toy_parts: Parts) -> None:
     body = {"query": QUESTION, "documents": DOCUMENTS, "model": "v", "return_documents": True, "max_chunks": 3}
     answer = asked.client.post("/v1/rerank", json=body).json()
     passages = [Passage("", "", DOCUMENTS[0]), Passage("", "A river", DOCUMENTS[1]["text"]), Passage("", "", "pottery")]
     scores = toy_parts.encoder.encode_passages(passages) @ toy_parts.encoder.encode_queries([QUESTION])[0]
-    assert answer["model"] == "v"
+    assert (answer["model"], answer["version"]) == ("v", name_version(kept))
     assert [result["index"] for result in answer["results"]] == np.argsort(-scores).tolist()
     found = {result["index"]: result["relevance_score"] for result in answer["results"]}
     assert [found[at] for at in range(3)] == pytest.approx(scores.tolist(), abs=1e-5)
@@ -325,7 +331,7 @@ def test_texts_are_ordered_by_the_reranker_where_there_is_one(judged: Running, j
     texts = [DOCUMENTS[0], "A river The river is called the Lune.", "pottery"]
     scores = CrossEncoder(str(judge), device="cpu").predict([(QUESTION, text) for text in texts])
     answer = judged.client.post("/v1/rerank", json={"query": QUESTION, "documents": DOCUMENTS}).json()
-    assert answer["model"] == "reranker"
+    assert (answer["model"], answer["version"]) == ("reranker", judged.search()["version"])
     assert [result["index"] for result in answer["results"]] == np.argsort(-scores).tolist()
     by_model = judged.client.post("/v1/rerank", json={"query": QUESTION, "documents": DOCUMENTS, "model": "v"}).json()
     assert by_model["model"] == "v"
@@ -350,7 +356,7 @@ def test_wrong_documents_are_refused(asked: Running, body: dict[str, Any]) -> No
 # --- embeddings, and OpenAI's own client ------------------------------------------------------------------------------
 
 
-def test_embeddings_are_the_models_vectors(asked: Running, toy_parts: Parts) -> None:
+def test_embeddings_are_the_models_vectors(asked: Running, kept: Path, toy_parts: Parts) -> None:
     texts = ["the river of Ashford", "a much longer text " * 40]
     encoder = toy_parts.encoder
     sides: dict[str, tuple[Any, Any]] = {
@@ -364,7 +370,7 @@ def test_embeddings_are_the_models_vectors(asked: Running, toy_parts: Parts) -> 
         answer = asked.client.post("/v1/embeddings", json={"input": texts, "model": "v", "input_type": side}).json()
         count = sum(len(found.input_ids) for found in tokens)
         assert answer["usage"] == {"prompt_tokens": count, "total_tokens": count}
-        assert (answer["object"], answer["model"]) == ("list", "v")
+        assert (answer["object"], answer["model"], answer["version"]) == ("list", "v", name_version(kept))
         assert [(row["object"], row["index"]) for row in answer["data"]] == [("embedding", 0), ("embedding", 1)]
         assert np.array([row["embedding"] for row in answer["data"]]) == pytest.approx(vectors, abs=1e-5)
     body = {"input": texts, "encoding_format": "base64", "user": "somebody"}  # what means nothing here is left alone
@@ -445,11 +451,10 @@ def test_models_and_settings_say_what_is_served(worked: Running, work: Path) -> 
     rows = [{"id": name, "object": "model", "created": 0, "owned_by": "pairdr"} for name in ("pair", "start")]
     assert listed == {"object": "list", "data": rows}
     settings = worked.client.get("/settings").json()
-    versions = {name: VectorStore(work / "vectors" / name).fingerprint[:12] for name in ("pair", "start")}
     assert settings["models"] == [
         {
             "id": name,
-            "version": f"1-{versions[name]}",
+            "version": name_version(work / "vectors" / name, work / "bm25"),
             "passages": 120,
             "dimensions": 32,
             "widths": widths,
@@ -487,7 +492,7 @@ def test_passages_are_found_as_soon_as_the_answer_is_there(written: Running, pla
     row = {"_id": "new", "title": "A title", "text": "unheard words", "metadata": {"kind": "new", "deep": {"a": [1]}}}
     answer = written.client.post("/passages", json={"passages": [row]}).json()
     assert answer["passages"] == 121
-    assert answer["version"] == f"2-{VectorStore(place).fingerprint[:12]}" != before
+    assert answer["version"] == name_version(place) != before
     for mode in ("bm25", "hybrid"):
         found = written.search(query="unheard words", mode=mode, filters=["kind=new"])
         assert found["version"] == answer["version"]

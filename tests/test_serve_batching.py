@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -325,6 +326,23 @@ def test_too_few_results_are_a_failure_and_no_other_requests_answer(recorder: Re
         return await asyncio.gather(*(submit(batcher, "a", [number]) for number in (1, 2)), return_exceptions=True)
 
     assert [type(found) for found in run(batcher, use)] == [RuntimeError, RuntimeError]
+
+
+def test_an_idle_batcher_holds_nothing_of_what_it_has_done(recorder: Recorder) -> None:
+    class Version:
+        pass
+
+    version = Version()
+    seen = weakref.ref(version)
+    batcher = recorder.make(lambda _, items: items)
+
+    async def use() -> None:
+        nonlocal version
+        await batcher.submit(version, [1])
+        del version
+        await wait_until(lambda: seen() is None)
+
+    run(batcher, use)
 
 
 def test_nobody_waits_after_the_end(recorder: Recorder) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,12 +54,19 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     """Return what is served in the end; nothing listens."""
     found = Served()
 
-    def note(app: Any, service: Service, keys: Keys, config: ServeConfig) -> None:
-        found.service, found.keys, found.config = service, keys, config
+    @contextmanager
+    def bind(config: ServeConfig) -> Iterator[ServeConfig]:
+        found.config = config
+        yield config
+
+    def note(app: Any, service: Service, keys: Keys, listener: ServeConfig) -> None:
+        assert listener is found.config
+        found.service, found.keys = service, keys
         while not hasattr(app, "openapi"):  # inside what guards it
             app = getattr(app, "_app", None) or app.app
         found.paths = set(app.openapi()["paths"])
 
+    monkeypatch.setattr(run, "bind_address", bind)
     monkeypatch.setattr(run, "serve_app", note)
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     return found
@@ -163,6 +171,25 @@ def test_what_cannot_be_served_ends_with_one_sentence(
     assert message in errors
     assert "Traceback" not in errors
     assert not hasattr(served, "service")
+
+
+def test_what_is_wrong_at_once_is_said_before_a_model_is_loaded(
+    call: Call, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pairdr.serve import shelf
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(shelf, "Shelf", refuse)
+    with run.bind_address(ServeConfig(port=0)) as taken:
+        taken.listen()
+        code, errors = call(work, "--port", taken.getsockname()[1])
+        assert (code, "cannot be listened on" in errors) == (2, True)
+    (tmp_path / "file").touch()
+    for option in ("--audit", "--feedback", "--api-keys"):
+        code, errors = call(work, "--port", 0, option, tmp_path / "file")
+        assert (code > 0, "Traceback" in errors, "loaded" in errors) == (True, False, False), errors
 
 
 def test_a_folder_that_is_none_ends_with_one_sentence(served: Served, call: Call, tmp_path: Path) -> None:

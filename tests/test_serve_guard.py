@@ -33,7 +33,7 @@ from pairdr.errors import UsageError
 from pairdr.serve import wire
 from pairdr.serve.guard import KEYS_VARIABLE, POLICY, Keys
 from pairdr.serve.measuring import Meters
-from pairdr.serve.run import listen, serve_app
+from pairdr.serve.run import bind_address, serve_app
 from pairdr.serve.service import Service
 from pairdr.store_config import ServeConfig
 
@@ -134,6 +134,9 @@ def test_a_service_for_others_is_called_as_they_like_unless_names_are_given(kept
         assert say_host(running, b"anything.example.org") == 200
     with run_service(kept, toy_parts.start, host="0.0.0.0", hosts=("search",)) as running:
         assert [say_host(running, name) for name in (b"search", b"127.0.0.1", b"other")] == [200, 200, 421]
+    with run_service(kept, toy_parts.start, hosts=("2001:DB8::1",)) as running:
+        named = [say_host(running, name) for name in (b"[2001:db8::1]", b"[2001:db8::1]:8000", b"[2001:db8::2]")]
+        assert named == [200, 200, 421]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "127.0.0.1"])
@@ -338,6 +341,7 @@ def test_other_methods_are_405_with_those_there_are(locked: Running, method: str
     [
         "/no/such",
         "/page.css/",
+        "/search/",
         "/../run.py",
         "/page/index.html",
         "/%2e%2e/guard.py",
@@ -356,8 +360,8 @@ def test_what_is_not_there_is_404_and_no_file_is_opened(
     monkeypatch.setattr("builtins.open", refuse)
     monkeypatch.setattr(Path, "open", refuse)
     status, _, body = exchange(asked.url, head)
-    assert status in (404, 307), body
-    assert status == 307 or json.loads(body)["error"]["code"] == "not_found"
+    assert status == 404, body
+    assert json.loads(body)["error"]["code"] == "not_found"
 
 
 def test_a_page_is_answered_to_head_without_its_body(asked: Running) -> None:
@@ -533,6 +537,25 @@ def test_a_service_that_stops_says_that_it_is_not_ready(kept: Path, toy_parts: P
         assert running.search()["results"]
 
 
+def test_what_is_under_way_past_the_time_to_drain_is_503(kept: Path, toy_parts: Parts) -> None:
+    gate = Gate()
+    with run_service(kept, toy_parts.start, prepare=gate, drain_seconds=0.2, batch_wait=0.0) as running:
+        body = b'{"query": "a"}'
+        head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            wait_until(lambda: len(gate.batches) > 0)
+            running.stop()
+            answer = b""
+            while part := connection.recv(65536):
+                answer += part
+            gate.go.set()
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(content)["error"]["code"] == "stopping"
+
+
 def test_requests_are_counted_by_their_path_and_status(kept: Path, toy_parts: Parts) -> None:
     with run_service(kept, toy_parts.start) as running:
         running.search(mode="dense")
@@ -666,21 +689,29 @@ def test_other_sites_may_not_ask_unless_they_are_named(kept: Path, toy_parts: Pa
 
 def test_a_socket_is_this_machines_own_unless_another_address_is_named() -> None:
     for config, address in ((ServeConfig(port=0), "127.0.0.1"), (ServeConfig(host="0.0.0.0", port=0), "0.0.0.0")):
-        with listen(config) as listener:
+        with bind_address(config) as listener:
             assert listener.getsockname()[0] == address
             # Else asyncio leaves TCP_NODELAY out, and every answer waits 40 ms for the client's acknowledgement.
             assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_port_that_is_taken_is_said_so() -> None:
-    with listen(ServeConfig(port=0)) as taken:
+    with bind_address(ServeConfig(port=0)) as taken:
+        taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=rf"127\.0\.0\.1:{port} cannot be listened on: .*in use.*--port 0"):
-            listen(ServeConfig(port=port))
-    with listen(ServeConfig(port=port)) as free:
+            bind_address(ServeConfig(port=port))
+    config = ServeConfig(port=port)
+    with bind_address(config) as free, bind_address(config) as other:  # two have it, and one is the first to listen
         assert free.getsockname()[1] == port
+        free.listen()
+        idle = type("Idle", (), {"config": config})
+        with pytest.raises(UsageError, match="cannot be listened on"):
+            serve_app(lambda *_: None, idle, Keys([]), other)  # type: ignore[arg-type, return-value]
     with pytest.raises(UsageError, match="cannot be listened on"):
-        listen(ServeConfig(host="no.such.host.invalid"))
+        bind_address(ServeConfig(host="no.such.host.invalid"))
+    with pytest.raises(UsageError, match="--host is empty"):
+        bind_address(ServeConfig(host=""))
 
 
 @pytest.mark.parametrize(
@@ -705,7 +736,7 @@ def test_a_service_that_is_open_to_all_says_so(
             listener.close()
 
     monkeypatch.setattr(uvicorn.Server, "run", run)
-    serve_app(lambda *_: None, Idle(), Keys(keys), Idle.config)  # type: ignore[arg-type, return-value]
+    serve_app(lambda *_: None, Idle(), Keys(keys), bind_address(Idle.config))  # type: ignore[arg-type, return-value]
     said = capsys.readouterr().err
     assert ("open to everybody" in said) is is_said
     assert re.search(rf"http://{re.escape(host)}:\d+ ", said)

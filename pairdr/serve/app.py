@@ -31,6 +31,8 @@ Answer = TypeVar("Answer")
 MOST_SAID = 100
 """Characters of what a client has sent that an error repeats."""
 SEARCH_PARAMETERS = {"q", "k", "mode", "rerank", "filter", "fold", "model"}
+IN_URL = {"query": "q", "filters": "filter"}
+"""Fields that have another name in a URL."""
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 KEYED = [Security(HTTPBearer(auto_error=False, description="Where the service was started with --api-keys."))]
 """Says in the document what needs a key; `Guard` asks for it."""
@@ -82,6 +84,7 @@ def create_app(
         description="Search, embeddings and reranking.",
         lifespan=live,
         docs_url=None,
+        redirect_slashes=False,
         redoc_url=None,
         responses=ERRORS,
     )
@@ -168,7 +171,9 @@ def _add_searching(app: FastAPI, service: Service) -> None:
         snapshot, vectors, tokens = await _answer_in_time(service.embed(form), service.config)
         data = [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return _write({"object": "list", "data": data, "model": snapshot.name, "usage": usage})
+        return _write(
+            {"object": "list", "data": data, "model": snapshot.name, "version": snapshot.version, "usage": usage}
+        )
 
     @app.post(
         "/v1/rerank",
@@ -177,14 +182,14 @@ def _add_searching(app: FastAPI, service: Service) -> None:
         dependencies=KEYED,
     )
     async def post_rerank(form: forms.RerankForm) -> Response:
-        name, ranked = await _answer_in_time(service.rerank(form), service.config)
+        name, version, ranked = await _answer_in_time(service.rerank(form), service.config)
         results: list[dict[str, Any]] = [{"index": index, "relevance_score": score} for index, score in ranked]
         if form.return_documents:
             documents = form.passages
             for result in results:
                 passage = documents[result["index"]]
                 result["document"] = {"title": passage.title, "text": passage.text}
-        return _write({"model": name, "results": results})
+        return _write({"model": name, "version": version, "results": results})
 
     @app.get(
         "/v1/models",
@@ -304,7 +309,10 @@ def _add_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return _write(ApiError(400, "invalid_json", "The body is no JSON.").body, 400)
-        loc = first["loc"][1:] if isinstance(error, RequestValidationError) else first["loc"]  # without body or query
+        if isinstance(error, RequestValidationError):
+            loc = first["loc"][1:]  # without body or query
+        else:  # of a search by URL
+            loc = tuple(IN_URL.get(str(part), part) for part in first["loc"])
         place = ".".join(str(part) for part in loc)[:MOST_SAID]
         what = str(first["msg"]).removeprefix("Value error, ")
         return _write(ApiError(422, "invalid_value", f"{place}: {what}." if place else f"{what}.").body, 422)

@@ -109,18 +109,22 @@ class Batcher:
     async def _run(self) -> None:
         while True:
             await self._gather()
-            batch = self._batch = self._take()
-            if batch:
-                now = time.perf_counter()
-                self._observe(sum(r.cost for r in batch), [now - r.arrived for r in batch])
             begin = time.perf_counter()
-            for key in dict.fromkeys(request.key for request in batch):
-                wanted = [r for r in batch if r.key == key and not r.answer.done()]
-                if wanted:
-                    await self._compute(key, wanted)
-            self._batch = []
+            await self._answer()
             end = time.perf_counter()
             self._patience = end + (end - begin) / 4
+
+    async def _answer(self) -> None:
+        """Take a batch and compute it, key by key."""
+        batch = self._batch = self._take()
+        if batch:
+            now = time.perf_counter()
+            self._observe(sum(r.cost for r in batch), [now - r.arrived for r in batch])
+        for key in dict.fromkeys(request.key for request in batch):
+            wanted = [r for r in batch if r.key == key and not r.answer.done()]
+            if wanted:
+                await self._compute(key, wanted)
+        self._batch = []  # an idle service holds no old version
 
     async def _gather(self) -> None:
         """Wait until a batch is full, nobody comes any more, or it has been waited for long enough."""

@@ -155,6 +155,7 @@ class EmbeddingAnswer(BaseModel):
     object: Literal["list"]
     data: list[Embedding]
     model: str
+    version: str
     usage: Usage
 
 
@@ -201,6 +202,7 @@ class RerankAnswer(BaseModel):
     """The best documents, best first."""
 
     model: str
+    version: str
     results: list[Judged]
 
 

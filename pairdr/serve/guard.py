@@ -102,7 +102,7 @@ class Guard:
         self._open_paths, self._key_paths = open_paths, key_paths
         self._busy_paths, self._is_full = busy_paths, is_full
         own = (*LOOPBACK, config.host, *config.hosts)
-        self._hosts = {name.lower() for name in own} if is_loopback(config.host) or config.hosts else None
+        self._hosts = {name_host(name).lower() for name in own} if is_loopback(config.host) or config.hosts else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -130,6 +130,10 @@ class Guard:
             if is_sent:
                 raise
             await send_error(sign, error)
+        except asyncio.CancelledError:  # the time to drain is over
+            if is_sent:
+                raise
+            await send_error(sign, ApiError(503, "stopping", "The service stops before this is answered."))
         finally:
             path = getattr(scope.get("route"), "path", None)  # as the service names it: what is asked has no end
             path = path or (scope["path"] if scope["path"] in self._busy_paths else "other")
@@ -207,6 +211,11 @@ async def send_error(send: Send, error: ApiError) -> None:
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def name_host(host: str) -> str:
+    """Return an address as it stands in a URL: of IPv6 in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def is_loopback(host: str) -> bool:

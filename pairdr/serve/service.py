@@ -1,4 +1,4 @@
-"""Questions, texts and passages to answers, through the batches. It knows limits and versions, and nothing of HTTP."""
+"""Questions, texts and passages to answers, through the batches: limits, versions, and what is refused."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ class Service:
         ]
         return snapshot, written, sum(count for _, count in rows)
 
-    async def rerank(self, form: RerankForm) -> tuple[str, list[tuple[int, float]]]:
-        """Return by what, and (place, score) of the best documents, best first.
+    async def rerank(self, form: RerankForm) -> tuple[str, str, list[tuple[int, float]]]:
+        """Return by what, of which version, and (place, score) of the best documents, best first.
 
         Raises:
             ApiError: a limit, an unknown model, a reranker that knows only the index, or a full queue.
@@ -171,8 +171,8 @@ class Service:
             why = "There is none here" if teacher is None else "This one uses BM25 of the index"
             raise ApiError(422, "no_reranker", f"The reranker cannot judge other texts. {why}; name another model.")
         if form.model == RERANKER or (form.model is None and can_judge):
-            name = RERANKER
-            scores = (await self._pairs.submit(self.shelf.take(None), [(Query("0", form.query), passages)]))[0]
+            name, snapshot = RERANKER, self.shelf.take(None)
+            scores = (await self._pairs.submit(snapshot, [(Query("0", form.query), passages)]))[0]
         else:
             snapshot = self.shelf.take(form.model)
             name = snapshot.name
@@ -181,7 +181,7 @@ class Service:
             )
             scores = np.stack([vector for vector, _ in documents]) @ question[0][0]
         ranked = sorted(enumerate(np.asarray(scores).tolist()), key=lambda pair: (-pair[1], pair[0]))
-        return name, ranked[: form.top_n]
+        return name, snapshot.version, ranked[: form.top_n]
 
     async def upsert(self, forms: Sequence[PassageForm]) -> Snapshot:
         """Add passages, or change their text, and return the version that is served from now on.
@@ -260,14 +260,18 @@ class Service:
 
     async def _watch(self) -> None:
         """Look for newly published versions, again and again."""
+        failure = ""
         while True:
             await asyncio.sleep(self.config.watch_seconds)
             if self._writing.locked():
                 continue  # between vectors and words nothing fits, and the writer looks itself
             try:
                 await asyncio.to_thread(self._refresh)
+                failure = ""
             except Exception as error:  # a broken disk, say: the old version answers on
-                say(f"pairdr: looking for new versions failed: {error}")
+                if str(error) != failure:  # said once
+                    failure = str(error)
+                    say(f"pairdr: looking for new versions failed: {error}")
 
     def _refresh(self) -> None:
         if self.shelf.refresh():

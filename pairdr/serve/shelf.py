@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.config import ModelConfig
 from pairdr.errors import ArtefactError, BusyError, PairdrError, UsageError
-from pairdr.files import hold_lock, replace_file
+from pairdr.files import hash_json, hold_lock, replace_file
 from pairdr.lexical import LexicalIndex, index_words
 from pairdr.parts import TEACHER, Parts, find_parts, is_work_folder
 from pairdr.progress import say
@@ -89,9 +89,10 @@ class Snapshot:
 
     @cached_property
     def version(self) -> str:
-        """Return the version of the vectors, and what it is made of, in short."""
-        store = self.searcher.store
-        return f"{store.version}-{store.fingerprint[:12]}"
+        """Return the number of the vectors' version, and a hash of all that answers: vectors, words, model."""
+        store, words = self.searcher.store, self.searcher.words
+        parts = [store.fingerprint, None if words is None else words.fingerprint, self.encoder.fingerprint]
+        return f"{store.version}-{hash_json(parts)[:12]}"
 
 
 class Shelf:

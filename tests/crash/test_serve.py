@@ -37,6 +37,7 @@ from serving import (  # noqa: E402
     exchange,
     make_place,
     mark_edition,
+    name_version,
     read_metrics,
     read_rows,
     wait_until,
@@ -101,15 +102,11 @@ def open_client(process: Process) -> httpx.Client:
     return httpx.Client(base_url=process.url, headers=HEADERS, timeout=PATIENCE)
 
 
-def name_version(store: VectorStore) -> str:
-    return f"{store.version}-{store.fingerprint[:12]}"
-
-
 def publish(place: Path, encoder: Encoder, edition: int) -> str:
     """Publish another edition from this process, words after vectors, and return the version's name."""
     store = publish_vectors(place, encoder, edition)
     index_words(store, LexicalConfig(), place.parent / "bm25")
-    return name_version(store)
+    return name_version(place)
 
 
 def publish_vectors(place: Path, encoder: Encoder, edition: int) -> VectorStore:
@@ -397,7 +394,7 @@ def test_ctrl_c_is_how_it_ends(place: Path, model: Path) -> None:
 
 
 def test_a_service_that_is_killed_while_it_writes_starts_again_with_a_whole_version(place: Path, model: Path) -> None:
-    editions = {name_version(VectorStore(place)): 1}
+    editions = {name_version(place): 1}
     process = Process(place, model, environment=ENVIRONMENT)
     try:
         for number in range(KILLS):
@@ -441,7 +438,7 @@ def test_killed_between_vectors_and_words_it_starts_again_where_it_may_write(
     place: Path, model: Path, encoder: Encoder
 ) -> None:
     with pytest.raises(KeyboardInterrupt), follow_words(find_parts(place, words=place.parent / "bm25")):
-        store = publish_vectors(place, encoder, 2)
+        publish_vectors(place, encoder, 2)
         raise KeyboardInterrupt
     with Process(place, model) as process:  # where nobody writes through it, it leaves the words alone
         assert process.wait() == 1
@@ -452,7 +449,7 @@ def test_killed_between_vectors_and_words_it_starts_again_where_it_may_write(
         assert any("indexing the words of version 2" in line for line in process.said if process.url)
         for mode in WAYS:
             answer = client.post("/search", json={"query": QUESTION, "mode": mode}).json()
-            assert (answer["version"], find_edition(answer)) == (name_version(store), 2)
+            assert (answer["version"], find_edition(answer)) == (name_version(place), 2)
 
 
 # --- hot swap ---------------------------------------------------------------------------------------------------------
@@ -464,7 +461,7 @@ def test_no_request_is_dropped_or_mixed_when_versions_change(
 ) -> None:
     answers: Answers = []
     errors: list[Exception] = []
-    editions = {name_version(VectorStore(place)): 1}
+    editions = {name_version(place): 1}
     watch = 0.05 if who == "another process" else 3600  # the service itself needs no look
     with (
         Process(place, model, "--watch-seconds", watch, environment=ENVIRONMENT) as process,
