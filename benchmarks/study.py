@@ -3,9 +3,8 @@
     PAIRDR_DATA=... python benchmarks/study.py run --work FOLDER [--cells main raw ...] [--hours 8]
     python benchmarks/study.py report --work FOLDER [--cells ...]
 
-`run` makes one run after the other, each in a file of its own, and goes on where it stopped; it begins no further run
-once the processor hours that all runs have cost reach --hours. A run's cost is the processor time of the process that
-ended it: where a run was interrupted, what went before is not counted.
+`run` makes one run after the other, each in a file of its own, and goes on where it stopped; several processes with the
+same folder share the runs. None begins a further one once the processor hours of all runs reach --hours.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from pairdr.config import (
 )
 from pairdr.encode import encode_corpus
 from pairdr.encoder import DualEncoder
-from pairdr.files import replace_file
+from pairdr.files import hold_lock, replace_file
 from pairdr.formats import write_qrels
 from pairdr.lexical import LexicalIndex
 from pairdr.measures import measure_run
@@ -114,9 +115,10 @@ def prepare(folder: Path, hidden: float) -> Work:
         label=LabelConfig(label_depth=20),
         train=TRAIN,
     )
-    data = open_collection(write_sample(folder / "data"), config.data)
-    work = Work(folder / f"prepared-{hidden:g}", data, config)
-    run_steps(work, last="label")
+    with hold_lock(folder):
+        data = open_collection(write_sample(folder / "data"), config.data)
+        work = Work(folder / f"prepared-{hidden:g}", data, config)
+        run_steps(work, last="label")
     return work
 
 
@@ -150,6 +152,10 @@ class HoursSpentError(Exception):
     """No further run is begun."""
 
 
+class TakenError(Exception):
+    """Another process makes this run."""
+
+
 def make_run(
     folder: Path, cell: Cell, arm: str, seed: int, rate: float, hours: float, *, only_dev: bool = False
 ) -> dict[str, Any]:
@@ -157,18 +163,32 @@ def make_run(
 
     Raises:
         HoursSpentError: it is not there, and the hours are spent.
+        TakenError: it is not there yet.
     """
     kind = "rates" if only_dev else "runs"
     place = folder / kind / cell.name / f"{arm}-{seed}" / f"{rate:g}"
     result = place.parent / f"{place.name}.json"
-    if result.is_file():
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return found
-    if sum_hours(folder) >= hours:
-        raise HoursSpentError
-    say(f"{kind} {cell.name} {arm}, seed {seed}, learning rate {rate:g}")
+    if not result.is_file():
+        if sum_hours(folder) >= hours:
+            raise HoursSpentError
+        try:
+            with hold_lock(place, wait=False):
+                with count_cost(place / "cost.json") as cost:
+                    found = train_and_measure(folder, cell, arm, seed, rate, place, only_dev=only_dev)
+                replace_file(result, json.dumps(found | cost))
+                shutil.rmtree(place)
+        except BlockingIOError as error:
+            raise TakenError from error
+    read: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return read
+
+
+def train_and_measure(
+    folder: Path, cell: Cell, arm: str, seed: int, rate: float, place: Path, *, only_dev: bool
+) -> dict[str, Any]:
+    """Train one run in a folder of its own, and return what is measured of it."""
+    say(f"{cell.name} {arm}, seed {seed}, learning rate {rate:g}{', for dev alone' if only_dev else ''}")
     work = prepare(folder, cell.hidden)
-    begin, wall = time.process_time(), time.time()
     config = replace(TRAIN, learning_rate=rate, seed=seed, **dict(cell.options))
     stages = make_stages(arm, cell, config)
     steps = STEPS * BATCH // config.per_device_train_batch_size * (2 if len(stages) == 1 else 1)
@@ -177,15 +197,25 @@ def make_run(
         work.collection, work.path("examples"), start, stages, config, place / "model", device="cpu", max_steps=steps
     )
     last = json.loads((place / "model" / "training.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    found = {"dev": last["dev_RR@10"], "log": last}
+    found: dict[str, Any] = {"dev": last["dev_RR@10"], "log": last}
     if not only_dev:
         found["sets"] = {name: measure_set(folder, encoder, name, place / "vectors") for name in SETS}
         found["margins"] = measure_margins(work, encoder)
         found["before"] = measure_before(work, start, folder)
-    found |= {"cpu_hours": (time.process_time() - begin) / 3600, "wall_hours": (time.time() - wall) / 3600}
-    replace_file(result, json.dumps(found))
-    shutil.rmtree(place)
     return found
+
+
+@contextmanager
+def count_cost(place: Path) -> Iterator[dict[str, float]]:
+    """Yield what the block costs, in hours, and what it cost before where it was interrupted; known after it."""
+    cost = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {"cpu_hours": 0.0, "wall_hours": 0.0}
+    begin, wall = time.process_time(), time.time()
+    try:
+        yield cost
+    finally:
+        cost["cpu_hours"] += (time.process_time() - begin) / 3600
+        cost["wall_hours"] += (time.time() - wall) / 3600
+        replace_file(place, json.dumps(cost))
 
 
 def open_set(folder: Path, name: str) -> Collection:
@@ -243,8 +273,10 @@ def measure_before(work: Work, start: Path, folder: Path) -> dict[str, list[floa
 def measure_start(folder: Path) -> None:
     """Measure the start itself, once."""
     place = folder / "runs" / "start.json"
-    if not place.is_file():
-        work = prepare(folder, 0.5)
+    if place.is_file():
+        return
+    work = prepare(folder, 0.5)
+    with hold_lock(place.with_suffix("")):
         encoder = DualEncoder.open(work.path("models", "start"), device="cpu")
         sets = {name: measure_set(folder, encoder, name, folder / "start-vectors") for name in SETS}
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -253,16 +285,41 @@ def measure_start(folder: Path) -> None:
 
 
 def choose_rate(folder: Path, cell: Cell, arm: str, hours: float) -> float:
-    """Return the learning rate that is best on dev for an arm; cells with another start have one of their own."""
+    """Return the learning rate that is best on dev for an arm; cells with another start have one of their own.
+
+    Raises:
+        TakenError: another process has not yet ended a run that counts.
+    """
     judged = next(other for other in CELLS if other.start == cell.start)
-    found = {rate: make_run(folder, judged, arm, RATE_SEED, rate, hours, only_dev=True)["dev"] for rate in RATES}
+    found = {}
+    for rate in RATES:
+        with suppress(TakenError):
+            found[rate] = make_run(folder, judged, arm, RATE_SEED, rate, hours, only_dev=True)["dev"]
+    if len(found) < len(RATES):
+        raise TakenError
     return max(found, key=lambda rate: found[rate])
+
+
+def make_next(folder: Path, runs: list[tuple[Cell, int, str]], hours: float) -> bool:
+    """Make the first run that is not there and that no other process makes; return whether there was one."""
+    before = len(list_results(folder))
+    for cell, seed, arm in runs:
+        with suppress(TakenError):
+            rate = choose_rate(folder, cell, arm, hours)
+            make_run(folder, cell, arm, seed, rate, hours)
+        if len(list_results(folder)) > before:
+            return True
+    return False
+
+
+def list_results(folder: Path) -> list[Path]:
+    """Return the files of all runs, those for dev alone among them."""
+    return [place for kind in ("runs", "rates") for place in (folder / kind).glob("*/*/*.json")]
 
 
 def sum_hours(folder: Path) -> float:
     """Return the processor hours that all runs have cost so far."""
-    places = [*(folder / "runs").rglob("*.json"), *(folder / "rates").rglob("*.json")]
-    return sum(json.loads(place.read_text(encoding="utf-8")).get("cpu_hours", 0.0) for place in places)
+    return sum(json.loads(place.read_text(encoding="utf-8")).get("cpu_hours", 0.0) for place in list_results(folder))
 
 
 def main() -> None:
@@ -282,9 +339,8 @@ def main() -> None:
     # Seed by seed, so that an unfinished cell has all arms of some seeds.
     runs = [(cell, seed, arm) for cell in cells for seed in cell.seeds for arm in cell.arms]
     try:
-        for cell, seed, arm in runs:
-            rate = choose_rate(options.work, cell, arm, options.hours)
-            make_run(options.work, cell, arm, seed, rate, options.hours)
+        while make_next(options.work, runs, options.hours):
+            pass
     except HoursSpentError:
         say("the hours are spent")
 
