@@ -19,33 +19,48 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from drawing import draw_unit_vectors, write_drawn_store
 
 WORDS = ("river", "town", "bridge", "market", "stone", "castle", "north", "winter", "farm", "mill", "road", "church")
-DIMENSIONS, SHARD = 384, 65536
+
+
+@dataclass
+class Seen:
+    """What a block took: RssAnon before it and at its highest, in bytes; seconds, and those of a processor."""
+
+    before: int = 0
+    highest: int = 0
+    seconds: float = 0.0
+    processor: float = 0.0
 
 
 @contextmanager
-def watch_memory(what: str) -> Iterator[None]:
+def watch_memory(what: str) -> Iterator[Seen]:
     """Print the highest RssAnon of the process, looked at every 20 ms, and the seconds that the block took."""
-    highest, over = 0, threading.Event()
+    seen, over = Seen(_read_memory()), threading.Event()
 
     def look() -> None:
-        nonlocal highest
         while not over.wait(0.02):
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-            highest = max(highest, next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+            seen.highest = max(seen.highest, _read_memory())
 
-    watcher, begin = threading.Thread(target=look), time.perf_counter()
+    watcher, begin, used = threading.Thread(target=look), time.perf_counter(), time.process_time()
     watcher.start()
     try:
-        yield
+        yield seen
     finally:
         over.set()
         watcher.join()
-        print(f"{what:34}{time.perf_counter() - begin:9.1f} s{highest / 2**20:9.2f} GiB", flush=True)
+        seen.seconds, seen.processor = time.perf_counter() - begin, time.process_time() - used
+        print(f"{what:34}{seen.seconds:9.1f} s{seen.highest / 2**30:9.2f} GiB", flush=True)
+
+
+def _read_memory() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def write_corpus(folder: Path, count: int, words: int) -> Path:
@@ -84,28 +99,15 @@ def encode_many(folder: Path, start: str, count: int) -> None:
 def search_many(folder: Path, count: int) -> None:
     """Write a store of drawn vectors and search it."""
     from pairdr.indexes.exact import search_exact
-    from pairdr.records import Passage
     from pairdr.vectors import VectorStore
-    from pairdr.versions import write_store
 
-    rng = np.random.default_rng(13)
-
-    def draw(size: int) -> np.ndarray:
-        vectors = rng.standard_normal((size, DIMENSIONS), dtype=np.float32)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-    with watch_memory(f"write {count} vectors"), write_store(folder / "vectors", "float16", "drawn") as writer:
-        for at in range(0, count, SHARD):
-            passages = [Passage(f"p{number}", "", "") for number in range(at, min(at + SHARD, count))]
-            name = writer.name_shard(passages)
-            writer.write_shard(name, passages, draw(len(passages)))
-            writer.shards.append((name, len(passages)))
-        writer.publish("drawn", DIMENSIONS, "cosine", {})
+    with watch_memory(f"write {count} vectors"):
+        write_drawn_store(folder / "vectors", count, "float16")
     with watch_memory("open"):
         store = VectorStore(folder / "vectors")
     for number in (256, 1):
         with watch_memory(f"{number} questions, k=100"):
-            search_exact(draw(number), store.read_raw(), store.id_rank, 100)
+            search_exact(draw_unit_vectors(np.random.default_rng(number), number), store.read_raw(), store.id_rank, 100)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Search speed beside faiss: exact search, and the kinds of index.
+"""Search speed beside faiss: exact search, and the kinds of index; and exact search by several workers.
 
     python benchmarks/search.py exact [--vectors 100000] [--rounds 5]
     python benchmarks/search.py approximate [--vectors 100000] [--rounds 5] [--plot FILE.svg]
+    python benchmarks/search.py sharded [--vectors 100000] [--rounds 5] [--workers 2]
     PAIRDR_DATA=... python benchmarks/search.py approximate --start MODEL --work FOLDER [--rounds 5] [--plot FILE.svg]
 
 exact: pairdr, faiss's IndexFlatIP as its wheel is, and the same tuned: products by BLAS for every batch, the kernels
@@ -11,6 +12,8 @@ reads the vectors from a memory-mapped file as search does; faiss holds them in 
 the fastest of some plain reductions over the same file by as many threads.
 
 approximate: what `pairdr index` builds, at the efforts on both sides of the one it chooses.
+
+sharded: workers of this machine beside the threads of one process, with as many processors.
 
 With --start, the passages of the data sets debian_packages, en_qa_mix and pycode are encoded together by that model,
 and their questions asked. Else vectors are synthetic: unit vectors around centres, 500 to a centre, 384 dimensions,
@@ -35,6 +38,7 @@ from typing import Any
 import numpy as np
 from drawing import BLOCK, DIMENSIONS, clock, draw_vectors, say_range
 from indexes import ArrayStore, Point, compare_indexes, draw_plot, encode_corpora
+from sharding import compare_workers
 from threadpoolctl import threadpool_info
 
 CASES = ((256, 100), (1024, 100), (256, 1000), (1024, 1000), (1, 100))
@@ -234,12 +238,13 @@ def _compare_ids(folder: Path, title: str, queries: int, k: int) -> str:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("exact", "approximate", "serve"))
+    parser.add_argument("what", choices=("exact", "approximate", "sharded", "serve"))
     parser.add_argument("--vectors", type=int, default=100_000)
     parser.add_argument("--start", help="model that encodes real texts, best an exported one")
     parser.add_argument("--work", type=Path, default=Path("build/search"), help="where these are kept")
     parser.add_argument("--plot", type=Path, help="SVG file of recall and speed")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -248,6 +253,8 @@ def main() -> None:
         serve_contender(options.name, options.folder)
     elif options.what == "exact":
         compare_exact(options.vectors, options.rounds)
+    elif options.what == "sharded":
+        compare_workers(options.vectors, options.workers, options.rounds)
     elif options.start:
         points = compare_indexes(*encode_corpora(options.start, options.work), options.rounds)
     else:

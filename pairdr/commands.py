@@ -27,7 +27,7 @@ from pairdr.config import (
 )
 from pairdr.errors import UsageError
 from pairdr.progress import print_facts, print_text, quiet_libraries
-from pairdr.store_config import QueryConfig
+from pairdr.store_config import QueryConfig, WorkersConfig
 
 if TYPE_CHECKING:
     from pairdr.collection import Collection
@@ -230,17 +230,12 @@ def train(
         What `pairdr label` wrote.
     """
     from pairdr.card import write_card
-    from pairdr.collection import open_collection
-    from pairdr.encoder import DualEncoder
     from pairdr.ranks import find_rank
-    from pairdr.train import start_accelerator, train_model
+    from pairdr.train import prepare_training, train_model
 
     quiet_libraries()
     start = _beside(output, "start")
-    with start_accelerator(model.device, options).main_process_first():  # under torchrun, one process makes the files
-        collection = open_collection(data, data_options)
-        if find_rank() == 0:
-            DualEncoder.load(model).save(start, options=model.as_dict(), inputs={})
+    collection = prepare_training(data, data_options, model, options, start)
     train_model(collection, rows, start, list_stages(arm, options), options, output, device=model.device)
     if find_rank() == 0:
         write_card(output, start, collection)
@@ -285,6 +280,7 @@ def search(
     on_duplicate: ON_DUPLICATE = "error",
     output: Annotated[Path | None, OUTPUT] = None,
     options: Annotated[QueryConfig, ONE_EACH] = QueryConfig(),
+    workers: Annotated[WorkersConfig, FLAT] = WorkersConfig(),
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
 ) -> None:
     """Answer a question, or write a TREC run for many, from a work folder or from vectors and their model (--start).
@@ -300,7 +296,7 @@ def search(
     quiet_libraries()
     if (question is None) == (output is None):
         raise UsageError("Name a question; or --output, and --queries or --data, to write a run.")
-    searcher = Searcher.open(place, model, words=words, index=index, reranker=reranker)
+    searcher = Searcher.open(place, model, words=words, index=index, reranker=reranker, workers=workers)
     changes = {name: value for name, value in vars(options).items() if value != getattr(QueryConfig(), name)}
     if question is None and output is not None:
         collection = None if data is None else open_collection(data, DataConfig(on_duplicate=on_duplicate))

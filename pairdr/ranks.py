@@ -8,11 +8,15 @@ W times the length.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+from pairdr.errors import PairdrError, UsageError
+from pairdr.files import hash_json
 
 
 def count_ranks() -> int:
@@ -47,6 +51,67 @@ def take_from_first(value: float, device: torch.device) -> float:
     said = torch.tensor(value, device=device, dtype=torch.float64)
     distributed.broadcast(said, src=0)
     return float(said)
+
+
+@contextmanager
+def begin_together(device: torch.device, *, first_ahead: bool = False) -> Iterator[None]:
+    """Let all ranks fail where one does in the block, so that none waits for another that has ended.
+
+    Args:
+        device: of this rank.
+        first_ahead: the first rank runs the block before the others do.
+
+    Raises:
+        PairdrError: what this rank's block raised, or that another's has failed.
+    """
+    failure: PairdrError | OSError | None = None
+    if first_ahead and find_rank() > 0:
+        wait_for_ranks()
+    try:
+        yield
+    except (PairdrError, OSError) as error:
+        failure = error
+    if first_ahead and find_rank() == 0:
+        wait_for_ranks()
+    if agree(failure is not None, device):
+        raise failure or PairdrError("Another rank could not begin.", remedy="Its own message says why.")
+
+
+def require_alike(values: Mapping[str, Any], device: torch.device) -> None:
+    """Refuse to go on where a rank has another value, such as the fingerprint of its data, than the first one.
+
+    Raises:
+        UsageError: on all ranks, naming what differs.
+    """
+    for name, value in values.items():
+        key = float(int(hash_json(value)[:12], 16))  # 48 bits, which a double holds
+        if agree(key != take_from_first(key, device), device):
+            raise UsageError(
+                f"The ranks do not have the same {name}.",
+                remedy="Give every machine the same files and options, and one shared output folder.",
+            )
+
+
+@contextmanager
+def explain_lost_ranks() -> Iterator[None]:
+    """Say in the block what it means that another rank does not answer any more.
+
+    Raises:
+        PairdrError: another rank has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if count_ranks() == 1:
+            raise
+        signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out")
+        network = isinstance(error, distributed.DistBackendError | distributed.DistNetworkError)
+        if not network and not any(sign in str(error) for sign in signs):
+            raise
+        raise PairdrError(
+            "Another rank has ended, or cannot be reached.",
+            remedy="Its own message says why. The same command on all machines goes on from the newest checkpoint.",
+        ) from error
 
 
 def average_count(count: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pairdr.vectors import VectorStore
 if TYPE_CHECKING:
     from pairdr.backends import Encoder
     from pairdr.indexes.faiss import FaissIndex
+    from pairdr.indexes.sharded import ShardedIndex
     from pairdr.lexical import LexicalIndex
 
 Blocks = Iterator[tuple[list[str], list[list[Scored]]]]
@@ -28,7 +29,7 @@ def rank_dense(
     store: VectorStore,
     config: SearchConfig,
     *,
-    index: FaissIndex | None = None,
+    index: FaissIndex | ShardedIndex | None = None,
     allowed: Allowed | None = None,
 ) -> Blocks:
     """Yield blocks of query ids and their k best passages by vector, ties by (-score, id).
@@ -40,7 +41,7 @@ def rank_dense(
         encoder: what made the vectors.
         store: the vectors.
         config: k and the sizes of blocks.
-        index: an approximate one; None is exact search.
+        index: an approximate one, or exact search by workers; None is exact search here.
         allowed: [N] rows that may be found; None is all.
 
     Raises:

@@ -17,12 +17,13 @@ from pairdr.parts import TEACHER, Parts, find_parts
 from pairdr.progress import say
 from pairdr.records import Passage, Query, Run, Scored, split_blocks
 from pairdr.search import Blocks, rank_dense, rank_words
-from pairdr.store_config import QueryConfig
+from pairdr.store_config import QueryConfig, WorkersConfig
 from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
     from pairdr.backends import Encoder
     from pairdr.indexes.faiss import FaissIndex
+    from pairdr.indexes.sharded import ShardedIndex
     from pairdr.lexical import LexicalIndex
     from pairdr.teachers import Teacher
 
@@ -58,7 +59,7 @@ class Searcher:
         encoder: Encoder,
         *,
         words: LexicalIndex | None = None,
-        index: FaissIndex | None = None,
+        index: FaissIndex | ShardedIndex | None = None,
         reranker: Teacher | None = None,
         weights: Sequence[float] | None = None,
         config: QueryConfig = QueryConfig(),
@@ -69,7 +70,7 @@ class Searcher:
             store: the vectors.
             encoder: what made them.
             words: BM25.
-            index: an approximate index over the store; None is exact search.
+            index: an approximate index over the store, or exact search by workers; None is exact search here.
             reranker: a teacher, or another cross-encoder.
             weights: of dense and BM25 in a weighted fusion, as dev chose them.
             config: how a question is answered.
@@ -99,6 +100,7 @@ class Searcher:
         words: str | Path | None = None,
         index: str | Path | None = None,
         reranker: str | None = None,
+        workers: WorkersConfig = WorkersConfig(),
     ) -> Searcher:
         """Open a work folder that `pairdr run` made, or vectors that `pairdr encode` made.
 
@@ -108,12 +110,13 @@ class Searcher:
             words: BM25 by `pairdr index-words`; a work folder has its own.
             index: an index by `pairdr index`.
             reranker: "teacher" for that of a work folder; else a cross-encoder's folder or hub name.
+            workers: that share exact search; none unless asked for.
 
         Raises:
             ArtefactError: there is no such folder, or its parts do not fit each other.
         """
         parts = find_parts(place, words=words, index=index)
-        return open_searcher(parts, parts.open_encoder(model), reranker=reranker, device=model.device)
+        return open_searcher(parts, parts.open_encoder(model), reranker=reranker, device=model.device, workers=workers)
 
     def search(self, text: str, k: int = 10, **options: Any) -> list[Hit]:
         """Return the k best passages for a question.
@@ -252,7 +255,12 @@ class Searcher:
 
 
 def open_searcher(
-    parts: Parts, encoder: Encoder, *, reranker: str | Teacher | None = None, device: str | None = None
+    parts: Parts,
+    encoder: Encoder,
+    *,
+    reranker: str | Teacher | None = None,
+    device: str | None = None,
+    workers: WorkersConfig = WorkersConfig(),
 ) -> Searcher:
     """Open a searcher.
 
@@ -261,9 +269,11 @@ def open_searcher(
         encoder: what made the vectors.
         reranker: "teacher", a cross-encoder's folder or hub name, or one that is open.
         device: of the reranker.
+        workers: that share exact search.
 
     Raises:
         ArtefactError: a part is missing, or does not fit the others.
+        UsageError: both an index and workers.
     """
     store = VectorStore(parts.vectors)
     words = None if parts.words is None else _open_words(parts.words)
@@ -271,7 +281,7 @@ def open_searcher(
         store,
         encoder,
         words=words,
-        index=None if parts.index is None else _open_index(parts.index, store),
+        index=_open_workers(store, workers) if parts.index is None else _open_index(parts.index, store, workers),
         reranker=_open_reranker(reranker, parts, encoder, words, device) if isinstance(reranker, str) else reranker,
         weights=parts.weights,
         config=QueryConfig(mode=parts.mode, depth=parts.depth),
@@ -284,9 +294,19 @@ def _open_words(folder: str | Path) -> LexicalIndex:
     return LexicalIndex(folder)
 
 
-def _open_index(folder: str | Path, store: VectorStore) -> FaissIndex:
+def _open_workers(store: VectorStore, workers: WorkersConfig) -> ShardedIndex | None:
+    if not workers.are_wanted:
+        return None
+    from pairdr.indexes.sharded import ShardedIndex
+
+    return ShardedIndex.open(store, workers)
+
+
+def _open_index(folder: str | Path, store: VectorStore, workers: WorkersConfig) -> FaissIndex:
     from pairdr.indexes.faiss import FaissIndex
 
+    if workers.are_wanted:
+        raise UsageError("Workers share exact search, not an index.", remedy="Leave out --index, or the workers.")
     index = FaissIndex.open(folder, store)
     if index.needs_rebuild:
         say(f"pairdr: {index.changed:.0%} of the vectors changed since {folder} was built: run pairdr index again.")

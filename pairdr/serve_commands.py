@@ -11,7 +11,7 @@ from pairdr.commands import FLAT, ONE_EACH
 from pairdr.config import ModelConfig
 from pairdr.errors import MissingExtraError
 from pairdr.progress import quiet_libraries
-from pairdr.store_config import ServeConfig
+from pairdr.store_config import ServeConfig, WorkersConfig
 
 
 def serve(
@@ -28,6 +28,7 @@ def serve(
     feedback: Annotated[Path | None, Parameter(help="Folder for what people say of results; unset: not asked.")] = None,
     audit: Annotated[Path | None, Parameter(help="What `pairdr audit` wrote, to be marked on the page.")] = None,
     options: Annotated[ServeConfig, ONE_EACH] = ServeConfig(),
+    workers: Annotated[WorkersConfig, FLAT] = WorkersConfig(),
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
 ) -> None:
     """Serve a search page and an API from a work folder, or from vectors and their model (--start).
@@ -63,6 +64,7 @@ def serve(
             words=words,
             index=index,
             reranker=reranker,
+            workers=workers,
             writes=len(keys) > 0,
             clock=meters.clock,
         )

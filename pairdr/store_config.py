@@ -27,6 +27,31 @@ class QueryConfig(Options):
 
 
 @dataclass(frozen=True)
+class ClusterConfig(Options):
+    """Where work is done: here, or on a Ray cluster."""
+
+    on: Literal["here", "ray"] = option("here", "ray: workers of a cluster, or of Ray on this machine, do the work.")
+    ray_address: str | None = option(
+        None, "host:port of a cluster, or auto; unset: RAY_ADDRESS, else Ray on this machine alone."
+    )
+
+
+@dataclass(frozen=True)
+class WorkersConfig(ClusterConfig):
+    """Workers that share exact search, each with a part of the vectors; on Ray, all nodes have to see their folder."""
+
+    search_workers: int | None = option(
+        None, "Workers that share exact search; unset: none here, one for each node on Ray.", low=1
+    )
+    search_threads: int | None = option(None, "Threads of each; unset: the processors, shared out.", low=1)
+
+    @property
+    def are_wanted(self) -> bool:
+        """Return whether there are to be workers."""
+        return self.search_workers is not None or self.on == "ray"
+
+
+@dataclass(frozen=True)
 class IndexConfig(Options):
     """Vectors to an index; see docs/search.md for what is chosen where nothing is said."""
 

@@ -19,15 +19,23 @@ import torch
 
 from pairdr.artefact import read_manifest
 from pairdr.checkpoint import Checkpoints
-from pairdr.collection import Collection
-from pairdr.config import StageConfig, TrainConfig
+from pairdr.collection import Collection, open_collection
+from pairdr.config import DataConfig, ModelConfig, StageConfig, TrainConfig
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, MissingExtraError, UsageError
 from pairdr.formats import Examples
 from pairdr.label import require_same_data
 from pairdr.loop import run_stage
 from pairdr.progress import say
-from pairdr.ranks import count_ranks, find_rank, take_from_first, wait_for_ranks
+from pairdr.ranks import (
+    begin_together,
+    count_ranks,
+    explain_lost_ranks,
+    find_rank,
+    require_alike,
+    take_from_first,
+    wait_for_ranks,
+)
 from pairdr.watch import DEV
 
 if TYPE_CHECKING:
@@ -38,6 +46,36 @@ SPEEDS = ("tokens_per_second", "gemm_share")
 """What differs between two runs that make the same model: shown and tracked, and not kept with the model."""
 
 
+@explain_lost_ranks()
+def prepare_training(
+    data: str | Path, data_options: DataConfig, model: ModelConfig, config: TrainConfig, start: Path
+) -> Collection:
+    """Open the data and write the start model; under torchrun the first rank does both before the others do.
+
+    Args:
+        data: as `open_collection` takes it.
+        data_options: splits and pool.
+        model: what training starts from.
+        config: says which trackers and precision are wanted.
+        start: where the start model is written, beside the output.
+
+    Raises:
+        UsageError: a rank does not see what the first one has written.
+        PairdrError: what a rank has found wrong, or that another one has.
+    """
+    device = start_accelerator(model.device, config).device
+    with begin_together(device, first_ahead=True):
+        collection = open_collection(data, data_options)
+        if find_rank() == 0:
+            DualEncoder.load(model).save(start, options=model.as_dict(), inputs={})
+        elif not start.is_dir():
+            raise UsageError(
+                "The first rank's output is not here.", path=start, remedy="Give all machines one shared output folder."
+            )
+    return collection
+
+
+@explain_lost_ranks()
 def train_model(
     collection: Collection,
     examples: str | Path,
@@ -66,9 +104,9 @@ def train_model(
 
     Raises:
         DataError: too few examples.
+        UsageError: the ranks have not the same data, examples, start or options.
         PairdrError: the loss is no longer finite.
     """
-    fingerprint = require_same_data(examples, collection)
     accelerator = start_accelerator(device, config, Path(f"{output}.trackers"))
     device = device if count_ranks() == 1 else str(accelerator.device)
 
@@ -79,14 +117,13 @@ def train_model(
     folder, before, start_dev = Path(start), 0, None
     for number, stage in enumerate(stages, start=1):
         place = Path(output) if number == len(stages) else Path(f"{output}.stage{number}")
-        rows = read_stage_examples(examples, stage, config)
+        with begin_together(accelerator.device):
+            fingerprint, begun = require_same_data(examples, collection), read_manifest(folder, "model").fingerprint
+            rows = read_stage_examples(examples, stage, config)
         steps = max_steps or count_steps(len(rows), config)
         options = config.options_of(stage) | {"max_steps": max_steps or config.max_steps}
-        inputs = {
-            "collection": collection.fingerprint,
-            "start": read_manifest(folder, "model").fingerprint,
-            "examples": fingerprint,
-        }
+        inputs = {"collection": collection.fingerprint, "start": begun, "examples": fingerprint}
+        require_alike({**inputs, "options": options}, accelerator.device)
         checkpoints = Checkpoints(Path(f"{place}.checkpoints"), options, inputs, config.save_total_limit)
         options |= {"ranks": count_ranks()}
         trained = take_from_first(float(is_trained(place, options, inputs)), accelerator.device)
@@ -100,8 +137,9 @@ def train_model(
                 encoder.save(place, options=options, inputs=inputs, facts=facts, files={LOG: _to_lines(lines)})
         checkpoints.remove()
         wait_for_ranks()
-        if start_dev is None:
-            start_dev = json.loads((place / LOG).read_text(encoding="utf-8").splitlines()[0])[DEV]
+        with begin_together(accelerator.device):
+            if start_dev is None:
+                start_dev = json.loads((place / LOG).read_text(encoding="utf-8").splitlines()[0])[DEV]
         folder, before = place, before + steps
     for tracker in accelerator.trackers:  # end_training would destroy the process group
         tracker.finish()

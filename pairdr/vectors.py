@@ -161,12 +161,19 @@ class VectorStore:
         """Return the metadata [N] of all rows, as `Passage` has it."""
         return pa.chunked_array([chunk for t in self._tables for chunk in t["metadata"].chunks], pa.large_string())
 
-    def read_raw(self, size: int = BLOCK) -> Iterator[tuple[int, npt.NDArray[Any], Vectors | None]]:
-        """Yield (first row, [n, D] vectors as stored, their [n] scales) in order; a block never spans two shards."""
+    def read_raw(
+        self, size: int = BLOCK, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, npt.NDArray[Any], Vectors | None]]:
+        """Yield (first row, [n, D] vectors as stored, their [n] scales) in order; a block never spans two shards.
+
+        Only the blocks that begin at `first` or later, and before `last`.
+        """
+        rows = range(first, self.count if last is None else last)
         for shard, vectors, scales in zip(self.shards, self._vectors, self._scales, strict=True):
             for at in range(0, shard.count, size):
-                part = slice(at, at + size)
-                yield shard.start + at, vectors[part], None if scales is None else scales[part]
+                if shard.start + at in rows:
+                    part = slice(at, at + size)
+                    yield shard.start + at, vectors[part], None if scales is None else scales[part]
 
     def read_blocks(self, size: int = BLOCK) -> Iterator[tuple[int, Vectors]]:
         """Yield (first row, [n, D] fp32 vectors) in order, dead rows among them."""

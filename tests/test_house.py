@@ -91,7 +91,7 @@ LIGHT = (
         "compare",
         "index",
     ),
-    *("indexes.exact", "indexes.faiss"),
+    *("indexes.exact", "indexes.faiss", "indexes.shards", "indexes.sharded"),
     *("exchange", "exchange.files", "exchange.training", "exchange.corpora", "exchange.imports", "exchange.exports"),
     *("backends", "backends.exported", "backends.onnx", "backends.openvino", "gate"),
 )

@@ -156,6 +156,26 @@ def test_batches_go_on_where_a_saved_state_stands(rows: Examples, used: int) -> 
         assert (found.query_ids, found.passage_ids) == (wanted.query_ids, wanted.passage_ids)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_out_the_rows_of_the_joint_batch_without_overlap(
+    rows: Examples, monkeypatch: pytest.MonkeyPatch, ranks: int, shared: bool
+) -> None:
+    few, joint = Examples(rows.table.slice(0, 16)), 2 * ranks
+
+    def read(rank: int, of: int) -> list[list[str]]:
+        monkeypatch.setattr(loop, "count_ranks", lambda: of)
+        monkeypatch.setattr(loop, "find_rank", lambda: rank)
+        stream = read_batches(few, make_config(cross_batch_negatives=shared), State(batch_size=joint))
+        return [next(stream).query_ids for _ in range(16 // joint)]
+
+    parts = [read(rank, ranks) for rank in range(ranks)]
+    together = [[query for part in batch for query in part] for batch in zip(*parts, strict=True)]
+    assert together == read(0, 1)  # of one process
+    seen = [query for batch in together for query in batch]
+    assert sorted(seen) == sorted({row.query_id for row in few.take(range(16))})
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 OPTIONS = {

@@ -25,6 +25,7 @@ from pairdr.progress import say
 from pairdr.records import Passage
 from pairdr.searcher import Searcher, open_searcher
 from pairdr.serve.failures import ApiError
+from pairdr.store_config import WorkersConfig
 from pairdr.tokens import Contract, Tokens
 from pairdr.vectors import VectorStore
 
@@ -105,6 +106,7 @@ class Shelf:
         words: BM25; a work folder has its own.
         index: an approximate index of the first model's vectors.
         reranker: "teacher", or a cross-encoder's folder or hub name.
+        workers: that share exact search; each model has its own.
         writes: passages are changed through this service; words that do not follow the vectors, since a service was
             killed between the two, are indexed anew.
         clock: takes the time of stages.
@@ -123,12 +125,14 @@ class Shelf:
         words: Path | None = None,
         index: Path | None = None,
         reranker: str | None = None,
+        workers: WorkersConfig = WorkersConfig(),
         writes: bool = False,
         clock: Clock,
     ) -> None:
         self.place, self._model, self._clock = place, model, clock
         self._reranker: str | Teacher | None = reranker
         self._given = {"words": words, "index": index}
+        self._workers = workers
         self._lock = threading.Lock()  # one reload at a time
         self._encoders: dict[str, tuple[object, SharedEncoder]] = {}
         self._snapshots: dict[str, Snapshot] = {}
@@ -235,7 +239,9 @@ class Shelf:
         parts = self.find_parts(name)
         stamp = _stamp_parts(parts)  # before the parts are opened: what changes meanwhile is opened again
         encoder = self._open_encoder(parts)
-        searcher = open_searcher(parts, encoder, reranker=self._reranker, device=self._model.device)
+        searcher = open_searcher(
+            parts, encoder, reranker=self._reranker, device=self._model.device, workers=self._workers
+        )
         if self._reranker != TEACHER:
             self._reranker = searcher.reranker  # knows nothing of versions: one is enough for all
         # Loads what is loaded late, before anybody waits for it.
