@@ -26,7 +26,7 @@ install: $(STAMP) ## create the environment with the locked packages; nothing is
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[demo,train,faiss,onnx,openvino,sources,serve,dev]'
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[demo,train,faiss,milvus,pgvector,ray,onnx,openvino,sources,serve,dev]'
 	touch $@
 
 demo: install ## run the whole way on the documentation of Python and its libraries
@@ -35,7 +35,7 @@ demo: install ## run the whole way on the documentation of Python and its librar
 test: install lint types ## run every check: lint, types, tests
 	$(VENV)/bin/pytest $(ARGS)
 
-test-crash: install ## kill training, encoding, upserts, compactions and index builds, 20 times each
+test-crash: install ## kill training, encoding, upserts, compactions, index builds and database loads, 20 times each
 	PAIRDR_KILLS=20 $(VENV)/bin/pytest tests/crash -s
 
 lint: install ## check style and format
@@ -54,7 +54,7 @@ lock: ## write constraints.txt anew from an environment of its own
 	grep -q '^torch==' constraints.txt
 	rm -rf $(LOCK_VENV)
 	$(PYTHON) -m venv $(LOCK_VENV)
-	$(LOCK_VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[demo,train,faiss,onnx,openvino,sources,serve,dev]'
+	$(LOCK_VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[demo,train,faiss,milvus,pgvector,ray,onnx,openvino,sources,serve,dev]'
 	$(LOCK_VENV)/bin/python -m pip freeze --all --exclude pip --exclude-editable \
 	  | sed -E -e 's/\+.*//' -e '/^(cuda|nvidia|triton)/d' | LC_ALL=C sort -f > constraints.txt.partial
 	mv constraints.txt.partial constraints.txt

@@ -7,6 +7,7 @@ PairdrError                what happened, where, and the way out        exit 1
 │   └── BusyError          another command is at work in the folder     exit 2
 ├── DataError              a file of the user's data is broken          exit 1
 ├── ArtefactError          an output folder is missing, broken or does not fit   exit 1
+├── ServerError            a database server is absent, refuses, or is full                exit 1
 ├── RefusedError           the work could go on, but the result would mislead     exit 1
 └── StoppedError           told to stop (SIGTERM), and what was done is saved     exit 143
 ```
@@ -63,6 +64,10 @@ class DataError(PairdrError):
 
 class ArtefactError(PairdrError):
     """An output folder is missing, broken, or made from other inputs."""
+
+
+class ServerError(PairdrError):
+    """A database server is absent, refuses what is asked, or cannot hold more."""
 
 
 class RefusedError(PairdrError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,17 +58,15 @@ def match_rows(metadata: pa.ChunkedArray, filters: Filters) -> npt.NDArray[np.bo
 
 
 def _matches(found: Mapping[str, Any], filters: Filters) -> bool:
-    return all(
-        field in found and not values.isdisjoint(_list_values(found[field])) for field, values in filters.items()
-    )
+    return all(field in found and not values.isdisjoint(write_forms(found[field])) for field, values in filters.items())
 
 
-def _list_values(value: Any) -> Sequence[str]:
-    items = value if isinstance(value, list) else [value]
-    return [text for item in items for text in _write_forms(item)]
+def write_forms(value: Any) -> list[str]:
+    """Return every form in which a condition may name a value, or an item of a list."""
+    return [text for item in (value if isinstance(value, list) else [value]) for text in _write_item(item)]
 
 
-def _write_forms(item: Any) -> list[str]:
+def _write_item(item: Any) -> list[str]:
     if isinstance(item, str):
         return [item]
     if type(item) is int:

@@ -12,8 +12,9 @@ import numpy as np
 
 from pairdr.artefact import publish
 from pairdr.errors import RefusedError
+from pairdr.indexes.candidates import BLOCK, CandidateIndex, Effort
 from pairdr.indexes.exact import Rows, Scores, search_exact
-from pairdr.indexes.faiss import BLOCK, INDEX_FILE, Effort, FaissIndex, load_faiss, use_blas, use_threads
+from pairdr.indexes.faiss import INDEX_FILE, FaissIndex, load_faiss, use_blas, use_threads
 from pairdr.progress import show_progress
 from pairdr.store_config import IndexConfig
 from pairdr.vectors import VectorStore
@@ -37,10 +38,12 @@ class Plan:
 
     Attributes:
         kind: flat, ivf or hnsw.
-        quantiser: sq8 (one byte per dimension) or pq.
+        quantiser: sq8 (one byte per dimension), pq, or none.
         code: bytes per vector.
         lists: of an ivf index.
         size: bytes of the whole, about.
+        links: of a node of a graph.
+        longest: most that the queue of a graph may be.
     """
 
     kind: str
@@ -48,15 +51,16 @@ class Plan:
     code: int = 0
     lists: int = 0
     size: int = 0
+    links: int = _LINKS
+    longest: int = _LONGEST_QUEUE
 
     @property
     def name(self) -> str:
         """Return the name in faiss's own spelling."""
         if self.kind == "flat":
             return "Flat"
-        return f"{'IVF' if self.lists else 'HNSW'}{self.lists or _LINKS}," + (
-            "SQ8" if self.quantiser == "sq8" else f"PQ{self.code}"
-        )
+        codes = {"": "", "sq8": ",SQ8", "pq": f",PQ{self.code}"}
+        return f"{'IVF' if self.lists else 'HNSW'}{self.lists or self.links}{codes[self.quantiser]}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Judge:
     k: int
     said: str
 
-    def measure(self, index: FaissIndex) -> float:
+    def measure(self, index: CandidateIndex) -> float:
         """Return recall@k: the mean share of the exact results that the index finds."""
         scores = _drop_own(*index.search_known(self.queries, self.k + 1), self.own)[:, : self.k]
         least = self.border - _HITS * np.maximum(1, np.abs(self.border))
@@ -114,7 +118,7 @@ def build_index(
         facts: dict[str, Any] = {"recall": 1.0, "recall_depth": config.recall_depth, "recall_by": "exact search"}
         if plan.kind != "flat":
             index = _fill(plan, store, config)
-            judge = _make_judge(store, config, queries)
+            judge = make_judge(store, config, queries)
             opened = FaissIndex(index, plan.kind, shards, Effort(1, 1), judge.k, store, threads=config.index_threads)
             effort, recall = tune_effort(opened, judge, plan, config)
             facts = {"recall": round(recall, 4), "recall_depth": judge.k, "recall_by": judge.said}
@@ -168,7 +172,7 @@ def plan_index(count: int, dimensions: int, config: IndexConfig) -> Plan:
     )
 
 
-def tune_effort(index: FaissIndex, judge: Judge, plan: Plan, config: IndexConfig) -> tuple[Effort, float]:
+def tune_effort(index: CandidateIndex, judge: Judge, plan: Plan, config: IndexConfig) -> tuple[Effort, float]:
     """Find the least effort that reaches the wanted recall, and leave the index at it.
 
     More candidates are scored exactly only where more probes no longer help: where the quantiser is too coarse.
@@ -176,7 +180,7 @@ def tune_effort(index: FaissIndex, judge: Judge, plan: Plan, config: IndexConfig
     Raises:
         RefusedError: no effort reaches it.
     """
-    most = plan.lists or _LONGEST_QUEUE
+    most = plan.lists or plan.longest
     best = 0.0
 
     def measure(probes: int, candidates: int) -> float:
@@ -235,7 +239,14 @@ def _fill(plan: Plan, store: VectorStore, config: IndexConfig) -> Any:
     return index
 
 
-def _make_judge(store: VectorStore, config: IndexConfig, queries: Scores | None) -> Judge:
+def make_judge(store: VectorStore, config: IndexConfig, queries: Scores | None) -> Judge:
+    """Return queries with their exact results: those that are given, or vectors of the corpus.
+
+    Args:
+        store: the vectors.
+        config: how many queries, how deep, by which seed.
+        queries: [Q, D] vectors of real queries, or None.
+    """
     count, alive = config.tuning_queries, store.alive
     if queries is None:
         own = _draw_rows(store, count, config.index_seed + 1)

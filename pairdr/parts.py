@@ -11,6 +11,7 @@ from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.backends import load_encoder, open_encoder
 from pairdr.config import ModelConfig
 from pairdr.errors import ArtefactError
+from pairdr.indexes.address import is_url
 from pairdr.store_config import Mode, QueryConfig
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Parts:
         vectors: a store.
         model: the folder of what made it; None where options name it.
         words: BM25, or None.
-        index: an approximate index, or None.
+        index: an approximate index, the URL of one in a database, or None.
         weights: of dense and BM25, as dev chose them, or None.
         mode: what won on dev, or auto.
         depth: passages of each system that hybrid fuses.
@@ -40,7 +41,7 @@ class Parts:
     vectors: Path
     model: Path | None
     words: Path | None
-    index: Path | None
+    index: str | Path | None
     weights: tuple[float, ...] | None
     mode: Mode
     depth: int
@@ -68,14 +69,14 @@ def find_parts(
     Args:
         place: a work folder that `pairdr run` made, or vectors that `pairdr encode` made.
         words: BM25; a work folder has its own.
-        index: an approximate index.
+        index: an approximate index, or the URL of one in a database.
         system: another model of a work folder than the trained one; no weights were chosen for it.
 
     Raises:
         ArtefactError: there is no such folder.
     """
     place = Path(place)
-    chosen = None if index is None else Path(index)
+    chosen = index if index is None or is_url(index) else Path(index)
     if not is_work_folder(place):
         if not (place / MANIFEST).is_file():
             raise ArtefactError(

@@ -70,6 +70,7 @@ def quiet_libraries() -> None:
     """Turn off the libraries' own bars and advice, of those that are loaded and of those that will be."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # of databases' clients
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pairdr.artefact import publish
 from pairdr.config import SearchConfig
+from pairdr.filters import Filters
 from pairdr.formats import write_run, write_trec_run
 from pairdr.indexes.exact import Allowed, search_exact
 from pairdr.progress import show_progress
@@ -16,7 +17,7 @@ from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
     from pairdr.backends import Encoder
-    from pairdr.indexes.faiss import FaissIndex
+    from pairdr.indexes.candidates import CandidateIndex
     from pairdr.indexes.sharded import ShardedIndex
     from pairdr.lexical import LexicalIndex
 
@@ -29,8 +30,9 @@ def rank_dense(
     store: VectorStore,
     config: SearchConfig,
     *,
-    index: FaissIndex | ShardedIndex | None = None,
+    index: CandidateIndex | ShardedIndex | None = None,
     allowed: Allowed | None = None,
+    filters: Filters | None = None,
 ) -> Blocks:
     """Yield blocks of query ids and their k best passages by vector, ties by (-score, id).
 
@@ -43,6 +45,7 @@ def rank_dense(
         config: k and the sizes of blocks.
         index: an approximate one, or exact search by workers; None is exact search here.
         allowed: [N] rows that may be found; None is all.
+        filters: what they were found by, for an index that can look it up itself.
 
     Raises:
         ArtefactError: the vectors were made by another model, prefix or length.
@@ -56,7 +59,7 @@ def rank_dense(
         rows, scores = (
             search_exact(vectors, store.read_raw(config.passage_block), store.id_rank, k, alive, device=device)
             if index is None
-            else index.search(vectors, k, allowed)
+            else index.search(vectors, k, allowed, filters)
         )  # [Q, k] each, -1 where fewer may be found
         ids = iter(store.ids_of(rows[rows >= 0]))
         ranked = [

@@ -12,6 +12,7 @@ from pairdr.config import ModelConfig, SearchConfig
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.filters import match_rows, parse_filters
 from pairdr.fusion import fuse_ranks, fuse_runs, sort_hits
+from pairdr.indexes.address import is_url
 from pairdr.indexes.exact import Allowed
 from pairdr.parts import TEACHER, Parts, find_parts
 from pairdr.progress import say
@@ -22,7 +23,7 @@ from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
     from pairdr.backends import Encoder
-    from pairdr.indexes.faiss import FaissIndex
+    from pairdr.indexes.candidates import CandidateIndex
     from pairdr.indexes.sharded import ShardedIndex
     from pairdr.lexical import LexicalIndex
     from pairdr.teachers import Teacher
@@ -59,7 +60,7 @@ class Searcher:
         encoder: Encoder,
         *,
         words: LexicalIndex | None = None,
-        index: FaissIndex | ShardedIndex | None = None,
+        index: CandidateIndex | ShardedIndex | None = None,
         reranker: Teacher | None = None,
         weights: Sequence[float] | None = None,
         config: QueryConfig = QueryConfig(),
@@ -108,7 +109,7 @@ class Searcher:
             place: the folder.
             model: what made the vectors; a work folder names its own, and only the device counts.
             words: BM25 by `pairdr index-words`; a work folder has its own.
-            index: an index by `pairdr index`.
+            index: an index by `pairdr index`: a folder, or the URL of a database.
             reranker: "teacher" for that of a work folder; else a cross-encoder's folder or hub name.
             workers: that share exact search; none unless asked for.
 
@@ -198,7 +199,10 @@ class Searcher:
             if system == "bm25" and self.words is not None:
                 blocks = rank_words(block, self.words, search, allowed=rows)
             else:
-                blocks = rank_dense(block, self._encoder, self.store, search, index=self._index, allowed=rows)
+                filters = parse_filters(config.where) or None
+                blocks = rank_dense(
+                    block, self._encoder, self.store, search, index=self._index, allowed=rows, filters=filters
+                )
             runs.append([hits for _, ranked in blocks for hits in ranked])
         if not fused:
             return runs[0]
@@ -302,14 +306,21 @@ def _open_workers(store: VectorStore, workers: WorkersConfig) -> ShardedIndex | 
     return ShardedIndex.open(store, workers)
 
 
-def _open_index(folder: str | Path, store: VectorStore, workers: WorkersConfig) -> FaissIndex:
-    from pairdr.indexes.faiss import FaissIndex
-
+def _open_index(place: str | Path, store: VectorStore, workers: WorkersConfig) -> CandidateIndex:
     if workers.are_wanted:
         raise UsageError("Workers share exact search, not an index.", remedy="Leave out --index, or the workers.")
-    index = FaissIndex.open(folder, store)
+    index: CandidateIndex
+    if is_url(place):
+        from pairdr.indexes.database import DatabaseIndex
+
+        index = DatabaseIndex.open(str(place), store)
+        place = index.database.place
+    else:
+        from pairdr.indexes.faiss import FaissIndex
+
+        index = FaissIndex.open(place, store)
     if index.needs_rebuild:
-        say(f"pairdr: {index.changed:.0%} of the vectors changed since {folder} was built: run pairdr index again.")
+        say(f"pairdr: {index.changed:.0%} of the vectors changed since {place} was built: run pairdr index again.")
     return index
 
 

@@ -18,7 +18,9 @@ def serve(
     place: Path,
     *,
     words: Annotated[Path | None, Parameter(help="BM25 by `pairdr index-words`; a work folder has its own.")] = None,
-    index: Annotated[Path | None, Parameter(help="Index by `pairdr index`; unset: exact search.")] = None,
+    index: Annotated[
+        str | None, Parameter(help="Index by `pairdr index`, or the URL of a database; unset: exact search.")
+    ] = None,
     reranker: Annotated[
         str | None, Parameter(help="'teacher' for that of a work folder; else a cross-encoder's folder or hub name.")
     ] = None,

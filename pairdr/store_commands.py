@@ -52,7 +52,7 @@ def export(
 def index(
     vectors: Path,
     *,
-    output: Annotated[Path, OUTPUT],
+    output: Annotated[str, Parameter(name=["--output", "-o"], help="Folder to write, or URL of a database.")],
     data: Annotated[
         Path | None, Parameter(help="BEIR folder whose training and unlabelled queries tune and judge the index.")
     ] = None,
@@ -62,19 +62,30 @@ def index(
 ) -> None:
     """Build an index of vectors, tuned to the recall that is wanted; end with 1 if it cannot be reached.
 
+    With the URL of a database as --output, load the vectors there, or what has changed since the last time.
+
     Parameters
     ----------
     vectors
         What `pairdr encode` wrote.
     """
     from pairdr.index import build_index
+    from pairdr.indexes.address import is_url
     from pairdr.vectors import VectorStore
 
     store = VectorStore(vectors)
     queries = None if data is None else _encode_questions(data, on_duplicate, model, store, options)
-    build_index(store, options, output, queries)
-    facts = read_manifest(output).facts
-    print_facts({name: value for name, value in facts.items() if name != "shards"})
+    if is_url(output):
+        from pairdr.load import describe_database, load_database
+
+        load_database(store, output, options, queries)
+        facts = describe_database(output)
+    else:
+        if options.rebuild:
+            raise UsageError("An index in a folder is always built anew.", remedy="Leave --rebuild out.")
+        build_index(store, options, output, queries)
+        facts = read_manifest(output).facts
+    print_facts({name: value for name, value in facts.items() if name not in ("shards", "options", "load")})
 
 
 def compare(

@@ -68,6 +68,7 @@ class IndexConfig(Options):
     )
     index_threads: int | None = option(None, "Threads; unset: all. A graph (hnsw) is always built by one.", low=1)
     index_seed: int = option(13, "Seed of the vectors that the index is trained on and judged by.", low=0)
+    rebuild: bool = option(False, "Of a database: load everything anew, beside what is there, and not what changed.")
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,10 @@ class VectorStore:
         """Return the passages of rows."""
         return [Passage(*row) for row in self._rows.take(rows, PASSAGE_COLUMNS)]
 
+    def metadata_of(self, rows: Rows) -> list[str]:
+        """Return the metadata of rows, as `Passage` has it."""
+        return [str(row[0]) for row in self._rows.take(rows, ("metadata",))]
+
     def hashes_of(self, rows: Rows) -> npt.NDArray[np.uint64]:
         """Return `hash_passage` of rows."""
         return np.array([row[0] for row in self._rows.take(rows, ("hash",))], dtype=np.uint64)

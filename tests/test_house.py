@@ -24,13 +24,14 @@ ROOMS = (
     *("sources", "texts", "collection"),
     *("measures", "answers", "fusion"),
     *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
-    *("tokens", "start", "encoder", "backends", "vectors", "versions", "indexes", "lexical", "filters", "teachers"),
+    *("tokens", "start", "encoder", "backends", "vectors", "versions", "filters", "indexes", "lexical", "teachers"),
     *("batches", "objective", "tuning", "checkpoint", "watch", "loop"),
     *(
         "check",
         "costs",
         "encode",
         "index",
+        "load",
         "search",
         "parts",
         "searcher",
@@ -90,13 +91,19 @@ LIGHT = (
         "evaluate",
         "compare",
         "index",
+        "load",
     ),
-    *("indexes.exact", "indexes.faiss", "indexes.shards", "indexes.sharded"),
+    *("indexes.exact", "indexes.candidates", "indexes.faiss", "indexes.database", "indexes.milvus", "indexes.pgvector"),
+    "indexes.address",
+    "indexes.engine",
+    "indexes.postgres",
+    "indexes.shards",
+    "indexes.sharded",
     *("exchange", "exchange.files", "exchange.training", "exchange.corpora", "exchange.imports", "exchange.exports"),
     *("backends", "backends.exported", "backends.onnx", "backends.openvino", "gate"),
 )
 
-LOCKED_EXTRAS = ("demo", "train", "faiss", "sources", "onnx", "openvino", "serve", "dev")
+LOCKED_EXTRAS = ("demo", "train", "faiss", "milvus", "pgvector", "sources", "onnx", "openvino", "serve", "dev")
 LOCK_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9][A-Za-z0-9.]*)")
 MOST_LINES = 400
 

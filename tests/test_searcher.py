@@ -196,9 +196,9 @@ def test_an_index_answers_in_place_of_exact_search(folder: Path, searcher: Searc
     asked: list[int] = []
 
     class Watched(FaissIndex):
-        def search(self, queries: Any, k: int, allowed: Any = None) -> Any:
+        def search(self, queries: Any, k: int, allowed: Any = None, filters: Any = None) -> Any:
             asked.append(k)
-            return super().search(queries, k, allowed)
+            return super().search(queries, k, allowed, filters)
 
     indexed = make_searcher(folder, index=Watched.open(tmp_path / "index", store))
     for where in ((), ("kind=1",)):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FILE = "model.xml"
 SETTINGS = {
     "INFERENCE_PRECISION_HINT": "f32",  # on some processors bf16 is the default
-    "CPU_RUNTIME_CACHE_CAPACITY": 300,  # kernels of shapes; of the default, 5000, some are gigabytes
+    "CPU_RUNTIME_CACHE_CAPACITY": 64,  # kernels of shapes: memory grows until so many are kept, and each keeps weights
     "ENABLE_CPU_PINNING": False,  # two processes would share one core while another rests
 }
 """How a graph is compiled, whatever the number of threads."""

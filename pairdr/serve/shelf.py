@@ -19,6 +19,7 @@ from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.config import ModelConfig
 from pairdr.errors import ArtefactError, BusyError, PairdrError, UsageError
 from pairdr.files import hash_json, hold_lock, replace_file
+from pairdr.indexes.address import is_url
 from pairdr.lexical import LexicalIndex, index_words
 from pairdr.parts import TEACHER, Parts, find_parts, is_work_folder
 from pairdr.progress import say
@@ -104,7 +105,7 @@ class Shelf:
         model: what made the vectors; a work folder names its own, and only the device counts.
         names: models of a work folder, the default first; none: the trained one and the start.
         words: BM25; a work folder has its own.
-        index: an approximate index of the first model's vectors.
+        index: an approximate index of the first model's vectors, or the URL of one in a database.
         reranker: "teacher", or a cross-encoder's folder or hub name.
         workers: that share exact search; each model has its own.
         writes: passages are changed through this service; words that do not follow the vectors, since a service was
@@ -123,7 +124,7 @@ class Shelf:
         names: Sequence[str] = (),
         *,
         words: Path | None = None,
-        index: Path | None = None,
+        index: str | Path | None = None,
         reranker: str | None = None,
         workers: WorkersConfig = WorkersConfig(),
         writes: bool = False,
@@ -131,7 +132,7 @@ class Shelf:
     ) -> None:
         self.place, self._model, self._clock = place, model, clock
         self._reranker: str | Teacher | None = reranker
-        self._given = {"words": words, "index": index}
+        self._words, self._index = words, index
         self._workers = workers
         self._lock = threading.Lock()  # one reload at a time
         self._encoders: dict[str, tuple[object, SharedEncoder]] = {}
@@ -194,8 +195,8 @@ class Shelf:
         """Return where a model's parts stand now."""
         is_first = not self._snapshots or name == self.names[0]
         system = name if self.is_work else None
-        index = self._given["index"] if is_first else None
-        return find_parts(self.place, words=self._given["words"], index=index, system=system)
+        index = self._index if is_first else None
+        return find_parts(self.place, words=self._words, index=index, system=system)
 
     def refresh(self) -> list[str]:
         """Open what was newly published, and return the models that changed.
@@ -319,8 +320,15 @@ def _has_vectors(parts: Parts) -> bool:
 
 
 def _stamp_parts(parts: Parts) -> object:
-    folders = (parts.vectors, parts.model, parts.words, parts.index)
-    return parts, [None if folder is None else _stamp(folder / MANIFEST) for folder in folders]
+    folders = [parts.vectors, parts.model, parts.words]
+    loaded = None
+    if parts.index is not None and is_url(parts.index):
+        from pairdr.indexes.database import stamp_database
+
+        loaded = stamp_database(str(parts.index))
+    elif parts.index is not None:
+        folders.append(Path(parts.index))
+    return parts, [None if folder is None else _stamp(folder / MANIFEST) for folder in folders], loaded
 
 
 def _stamp(path: Path) -> object:

@@ -1,0 +1,115 @@
+"""A connection to PostgreSQL: opened again where it was lost, with the server's errors as ours, pgvector required."""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pairdr.errors import MissingExtraError, ServerError
+from pairdr.indexes.address import Address
+from pairdr.indexes.engine import MovedError
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+_EXTENSION = "vector"
+_LEAST_VERSION = (0, 8)  # iterative scans
+_WAIT = 10  # seconds for a connection
+
+
+class PostgresServer:
+    """A server with pgvector, used by one thread at a time.
+
+    Raises:
+        ServerError: it is absent, refuses, or has no pgvector that is new enough.
+        MissingExtraError: psycopg is not installed.
+    """
+
+    def __init__(self, address: Address) -> None:
+        try:
+            import psycopg
+        except ImportError as error:
+            raise MissingExtraError("psycopg", "pgvector") from error
+        self._psycopg, self._address, self.place = psycopg, address, address.shown
+        self._lock = threading.RLock()
+        self._open: Connection[Any] | None = None
+        with self.ask() as connection:
+            self._require_extension(connection)
+
+    @contextmanager
+    def ask(self) -> Iterator[Connection[Any]]:
+        """Yield a connection that lives, and turn what the server says into errors of ours."""
+        with self._lock:
+            try:
+                if self._open is None or self._open.closed:
+                    self._open = self._connect()
+                yield self._open
+            except self._psycopg.Error as error:
+                raise self._explain(error) from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            if self._open is not None:
+                self._open.close()
+            self._open = None
+
+    def _require_extension(self, connection: Connection[Any]) -> None:
+        query = "SELECT extversion FROM pg_extension WHERE extname = %s"
+        row = connection.execute(query, (_EXTENSION,)).fetchone()
+        if row is None:
+            try:
+                connection.execute(f'CREATE EXTENSION IF NOT EXISTS "{_EXTENSION}"')
+            except self._psycopg.Error as error:
+                raise ServerError(
+                    f"There is no pgvector here: {_first_line(error)}.",
+                    path=self.place,
+                    remedy="Install it on the server, and let a superuser run CREATE EXTENSION vector here.",
+                ) from error
+            row = connection.execute(query, (_EXTENSION,)).fetchone()
+        version = "" if row is None else str(row[0])
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _LEAST_VERSION:
+            raise ServerError(
+                f"pgvector {version} is too old: iterative scans came with {'.'.join(map(str, _LEAST_VERSION))}.",
+                path=self.place,
+                remedy="Install a newer one, and run ALTER EXTENSION vector UPDATE.",
+            )
+
+    def _connect(self) -> Connection[Any]:
+        from psycopg.conninfo import make_conninfo
+
+        target = make_conninfo(self._address.target, connect_timeout=_WAIT, application_name="pairdr")
+        # Prepared statements do not outlive a transaction behind a pooler.
+        connection = self._psycopg.connect(target, autocommit=True, prepare_threshold=None)
+        weakref.finalize(self, connection.close)  # who forgets us leaves no connection
+        return connection
+
+    def _explain(self, error: Any) -> Exception:
+        said, state = _first_line(error), error.sqlstate or ""
+        said, broken = self._address.hide(said), self._open is None or self._open.broken
+        if broken:
+            self._open = None
+        if isinstance(error, self._psycopg.ProgrammingError) and not state:
+            what, remedy = "This URL cannot be used", "Write postgresql://USER@HOST:5432/DATABASE?name=NAME"
+        elif (
+            re.search(r"password|authentication|no pg_hba.conf entry|role .* does not exist", said) or state[:2] == "28"
+        ):
+            what, remedy = "The server refuses this user or password", "Look at the URL, PGUSER and PGPASSWORD"
+        elif state == "42P01":
+            return MovedError("The load is gone.", path=self.place, remedy="Run pairdr index again.")
+        elif state[:2] == "53" or "No space left" in said:
+            what, remedy = "The server is full", "Free some space there, and run it again: it goes on where it stopped"
+        elif broken or state[:2] in ("08", "57") or not state:
+            what, remedy = "The server does not answer", "Look whether it runs, and at host, port and database"
+        else:
+            what, remedy = "The server refuses", "Look into its log"
+        return ServerError(f"{what}: {said}.", path=self.place, remedy=f"{remedy}.")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
