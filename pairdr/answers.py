@@ -15,11 +15,10 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pairdr.errors import DataError, UsageError
-from pairdr.formats import read_jsonl, read_lines
+from pairdr.lines import Place, read_jsonl, read_lines
 from pairdr.measures import PerQuery
 from pairdr.records import Query, Run, split_blocks
 from pairdr.rows import RowReader
@@ -42,7 +41,7 @@ _BLOCK = 1024
 _FORMS = 'one of {"_id": ..., "answers": [...]}, question<TAB>[\'answer\', ...], query-id<TAB>answer<TAB>answer...'
 
 
-def read_answers(path: Path, questions: Iterable[Query] = ()) -> Answers:
+def read_answers(path: Place, questions: Iterable[Query] = ()) -> Answers:
     """Read accepted answers: JSON lines, DPR's `question<TAB>['a', 'b']`, or RocketQA's `query-id<TAB>a<TAB>b`.
 
     Args:
@@ -162,7 +161,7 @@ def _find_pattern() -> regex.Pattern[str]:
     return regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, str | None, str, tuple[str, ...]]]:
+def _read_rows(path: Place) -> Iterator[tuple[int, str | None, str, tuple[str, ...]]]:
     """Yield (line number, query id or None, question where there is no id, answers)."""
     if ".jsonl" in path.suffixes:
         for number, value in read_jsonl(path):
@@ -193,7 +192,7 @@ def _parse_line(line: str) -> tuple[str, Any]:
         return "", None
 
 
-def _require_answers(value: Any, path: Path, line: int) -> tuple[str, ...]:
+def _require_answers(value: Any, path: Place, line: int) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not value or not all(isinstance(answer, str) for answer in value):
         raise DataError("No answers here.", path=path, line=line, remedy=f"A line is {_FORMS}.")
     return tuple(value)

@@ -19,11 +19,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from pairdr.artefact import Staging, publish, read_manifest
 from pairdr.config import DataConfig, OnDuplicate
 from pairdr.errors import ArtefactError, DataError, UsageError
 from pairdr.files import hash_json, hold_lock
-from pairdr.formats import PASSAGE_KEYS, QUERY_KEYS, read_lines, read_qrels, read_texts, read_unlabelled, write_qrels
+from pairdr.formats import PASSAGE_KEYS, QUERY_KEYS, read_qrels, read_texts, read_unlabelled, write_qrels
+from pairdr.lines import Place, read_lines, stamp_place
 from pairdr.records import PASSAGE_COLUMNS, Passage, Qrels, Query
 from pairdr.sources.named import find_data
 from pairdr.texts import BLOCK, TextTable, write_table
@@ -42,7 +46,7 @@ class Collection:
 
     Attributes:
         folder: the converted tables in the cache.
-        source: the user's folder.
+        source: the user's folder, or its URL.
         name: the source's name.
         passages: the corpus.
         queries: all questions, those of the unlabelled files among them.
@@ -54,7 +58,7 @@ class Collection:
         removed: reason to number of queries kept out of training and pool.
     """
 
-    def __init__(self, folder: Path, source: Path, config: DataConfig) -> None:
+    def __init__(self, folder: Path, source: Place, config: DataConfig) -> None:
         manifest = read_manifest(folder, "collection")
         self.folder, self.source, self.name, self.config = folder, source, source.resolve().name, config
         self.passages, self.queries = TextTable(folder, "passages"), TextTable(folder, "queries")
@@ -114,6 +118,10 @@ class Collection:
         """Return the passage of a row."""
         return Passage(*(self.passages.table.column(name)[int(row)].as_py() for name in PASSAGE_COLUMNS))
 
+    def passages_at(self, rows: npt.NDArray[np.int64]) -> list[Passage]:
+        """Return the passages of some rows."""
+        return [Passage(*row) for row in self.passages.take(rows, PASSAGE_COLUMNS)]
+
     def read_passages(self, size: int = BLOCK) -> Iterator[list[Passage]]:
         """Yield the corpus in order, a block of passages at a time."""
         for block in self.passages.read_blocks(PASSAGE_COLUMNS, size):
@@ -169,8 +177,10 @@ class Collection:
 def open_collection(source: str | Path, config: DataConfig | None = None, *, strict: bool = True) -> Collection:
     """Open a BEIR folder: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/{train,dev,test}.tsv`.
 
+    A corpus of many files is a folder, `corpus/*.jsonl[.gz]`, read in the order of their names.
+
     Args:
-        source: the folder, or `ir:NAME` of ir_datasets, or `hf:NAME` of the Hugging Face hub: docs/sources.md.
+        source: the folder, or its URL, or `ir:NAME` of ir_datasets, or `hf:NAME` of the hub: docs/sources.md.
         config: unlabelled files, hidden labels, the made dev split.
         strict: raise on what would corrupt training; `pairdr check` opens with False and lists it instead.
 
@@ -183,7 +193,7 @@ def open_collection(source: str | Path, config: DataConfig | None = None, *, str
     inputs = _find_files(folder, config)
     stamp: dict[str, Any] = {"on_duplicate": config.on_duplicate}
     for name, path in inputs.items():
-        stamp[name] = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        stamp[name] = stamp_place(path)
     place = cache_folder() / "collections" / hash_json(stamp)[:24]
     with hold_lock(place.parent):
         try:
@@ -231,38 +241,55 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PAIRDR_CACHE", Path.home() / ".cache" / "pairdr"))
 
 
-def _find_files(folder: Path, config: DataConfig) -> dict[str, Path]:
-    if not folder.is_dir():
+def find_texts(folder: Place) -> dict[str, Place]:
+    """Return the files of the corpus and of the questions, by their paths below the folder without endings.
+
+    Raises:
+        UsageError: one is missing.
+    """
+    found = {"corpus": _find_lines(folder, "corpus")}
+    if found["corpus"] is None:
+        parts = [path for ending in ("*.jsonl", "*.jsonl.gz") for path in (folder / "corpus").glob(ending)]
+        found = {f"corpus/{path.name}": path for path in sorted(parts, key=lambda path: path.name)}
+    found["queries"] = _find_lines(folder, "queries")
+    texts = {name: path for name, path in found.items() if path is not None}
+    for name in ("corpus", "queries"):
+        if not any(known.partition("/")[0] == name for known in texts):
+            raise UsageError(
+                f"{name}.jsonl (or .jsonl.gz) is missing.",
+                path=folder,
+                remedy="A BEIR folder has corpus.jsonl (or corpus/*.jsonl), queries.jsonl and qrels/*.tsv.",
+            )
+    return texts
+
+
+def _find_files(folder: Place, config: DataConfig) -> dict[str, Place]:
+    if isinstance(folder, Path) and not folder.is_dir():
         raise UsageError(
             "There is no such folder.", path=folder, remedy="Name a BEIR folder (corpus.jsonl ...), ir:NAME or hf:NAME."
         )
-    found = {name: _find_lines(folder, name) for name in ("corpus", "queries")}
-    for path in sorted((folder / "qrels").glob("*.tsv")):
-        found[f"qrels/{path.stem}"] = path
+    found = find_texts(folder)
+    labels: list[Place] = [*(folder / "qrels").glob("*.tsv")]
+    for place in sorted(labels, key=lambda place: place.name):
+        found[f"qrels/{place.stem}"] = place
     for number, path in enumerate(config.unlabelled):
         if not path.is_file():
             raise UsageError("There is no such file.", path=path, remedy="Check --unlabelled.")
         found[f"unlabelled/{number}"] = path
     for number, path in enumerate(config.labelled):
-        labels = path / "qrels" / "train.tsv"
-        if not labels.is_file():
-            raise UsageError("qrels/train.tsv is missing.", path=path, remedy="Check --labelled.")
-        found |= {f"labelled/{number}/queries": _find_lines(path, "queries"), f"labelled/{number}/qrels": labels}
+        train, queries = path / "qrels" / "train.tsv", _find_lines(path, "queries")
+        if queries is None or not train.is_file():
+            missing = "queries.jsonl (or .jsonl.gz)" if train.is_file() else "qrels/train.tsv"
+            raise UsageError(f"{missing} is missing.", path=path, remedy="Check --labelled.")
+        found |= {f"labelled/{number}/queries": queries, f"labelled/{number}/qrels": train}
     return found
 
 
-def _find_lines(folder: Path, name: str) -> Path:
-    path = next((p for p in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if p.is_file()), None)
-    if path is None:
-        raise UsageError(
-            f"{name}.jsonl (or .jsonl.gz) is missing.",
-            path=folder,
-            remedy="A BEIR folder has corpus.jsonl, queries.jsonl and qrels/*.tsv.",
-        )
-    return path
+def _find_lines(folder: Place, name: str) -> Place | None:
+    return next((p for p in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if p.is_file()), None)
 
 
-def _convert(inputs: dict[str, Path], staging: Staging, on_duplicate: OnDuplicate) -> None:
+def _convert(inputs: dict[str, Place], staging: Staging, on_duplicate: OnDuplicate) -> None:
     """Turn the text files into memory-mapped tables."""
 
     def read_queries() -> Iterator[tuple[int, list[str]]]:
@@ -270,10 +297,11 @@ def _convert(inputs: dict[str, Path], staging: Staging, on_duplicate: OnDuplicat
             if name == "queries" or name.endswith("/queries"):
                 yield from read_texts(path, QUERY_KEYS)
         for name, path in inputs.items():
-            if name.startswith("unlabelled/"):
+            if name.startswith("unlabelled/") and isinstance(path, Path):
                 yield from ((line, [query_id, text]) for line, query_id, text in read_unlabelled(path))
 
-    corpus = read_texts(inputs["corpus"], PASSAGE_KEYS)
+    parts = (path for name, path in inputs.items() if name.partition("/")[0] == "corpus")
+    corpus = (row for path in parts for row in read_texts(path, PASSAGE_KEYS))
     staging.facts["duplicates"] = {
         "passage": write_table(staging.path, "passages", PASSAGE_COLUMNS, corpus, on_duplicate),
         "query": write_table(staging.path, "queries", ("id", "text"), read_queries(), on_duplicate),

@@ -27,7 +27,7 @@ from pairdr.config import (
 )
 from pairdr.errors import UsageError
 from pairdr.progress import print_facts, print_text, quiet_libraries
-from pairdr.store_config import QueryConfig, WorkersConfig
+from pairdr.store_config import QueryConfig, RayConfig, WorkersConfig
 
 if TYPE_CHECKING:
     from pairdr.collection import Collection
@@ -177,6 +177,7 @@ def label(
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     lexical: Annotated[LexicalConfig, FLAT] = LexicalConfig(),
     options: Annotated[LabelConfig, FLAT] = LabelConfig(),
+    ray: Annotated[RayConfig, FLAT] = RayConfig(),
 ) -> None:
     """Turn a teacher's scores into training examples: pseudo positives, denoised negatives.
 
@@ -189,6 +190,7 @@ def label(
     """
     from pairdr.collection import open_collection
     from pairdr.label import label_examples
+    from pairdr.label_ray import open_spread
     from pairdr.lexical import index_words
     from pairdr.mine import open_candidates
     from pairdr.teach import refuse_verdicts
@@ -202,11 +204,12 @@ def label(
     index = index_words(collection, lexical, _beside(output, "bm25"))
     judge = load_teacher(recipe, teacher, index, model)
     fingerprint = read_manifest(teacher).fingerprint
-    print_facts(
-        label_examples(
-            collection, open_candidates(candidates, collection), judge, options, output, teacher_fingerprint=fingerprint
+    found = open_candidates(candidates, collection)
+    with open_spread(ray, collection, found.merged, options.label_depth, recipe, teacher, index, model) as spread:
+        facts = label_examples(
+            collection, found, judge, options, output, teacher_fingerprint=fingerprint, spread=spread
         )
-    )
+    print_facts(facts)
 
 
 def train(
@@ -249,15 +252,15 @@ def encode(
     on_duplicate: ON_DUPLICATE = "error",
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     options: Annotated[EncodeConfig, FLAT] = EncodeConfig(),
+    ray: Annotated[RayConfig, FLAT] = RayConfig(),
 ) -> None:
     """Encode a corpus with a model (--start); an interrupted call goes on where it stopped."""
-    from pairdr.backends import load_encoder
     from pairdr.collection import open_collection
-    from pairdr.encode import encode_corpus
+    from pairdr.encode_ray import encode_collection
 
     quiet_libraries()
     collection = open_collection(data, DataConfig(on_duplicate=on_duplicate))
-    store = encode_corpus(collection, load_encoder(model), options, output)
+    store = encode_collection(collection, model, options, ray, output)
     print_text(f"{store.count} vectors of {store.dimensions} dimensions in {output}")
 
 

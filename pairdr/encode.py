@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pairdr.backends import Encoder
 from pairdr.collection import Collection
 from pairdr.config import EncodeConfig, OnDuplicate
 from pairdr.errors import ArtefactError, DataError
 from pairdr.files import hash_json
-from pairdr.progress import say, show_progress
+from pairdr.progress import Advance, say, show_progress
 from pairdr.records import Passage, split_blocks
-from pairdr.vectors import BLOCK, Dtype, Rows, VectorStore, hash_passage
+from pairdr.vectors import BLOCK, Dtype, Rows, Vectors, VectorStore, hash_passage
 from pairdr.versions import StoreWriter, write_store
 
 _ROUNDING: dict[Dtype, float] = {"float32": 1e-6, "float16": 1e-3, "int8": 1 / 127}
 """Of a vector's largest number."""
 
 
-def encode_corpus(collection: Collection, encoder: Encoder, config: EncodeConfig, output: str | Path) -> VectorStore:
+class Shard(NamedTuple):
+    """A shard that is still to be made.
+
+    Attributes:
+        name: of the shard.
+        rows: [n] its passages, by their rows in the corpus.
+        new: [m] those of them that need a vector.
+    """
+
+    name: str
+    rows: Rows
+    new: Rows
+
+
+MakeVectors = Callable[[Iterator[Shard]], Iterator[tuple[Shard, Vectors]]]
+"""Takes shards and yields each with the vectors [m, D] of its new passages, in any order."""
+
+
+def encode_corpus(
+    collection: Collection,
+    encoder: Encoder,
+    config: EncodeConfig,
+    output: str | Path,
+    make_vectors: MakeVectors | None = None,
+) -> VectorStore:
     """Make a store hold the vectors of exactly this corpus, and publish it as one version.
 
     Vectors by the same encoder that are there already are kept where the text is the same; what is gone is deleted.
@@ -32,6 +58,7 @@ def encode_corpus(collection: Collection, encoder: Encoder, config: EncodeConfig
         encoder: the model.
         config: shard size, batch size, and how vectors are stored.
         output: the folder of the store.
+        make_vectors: makes them elsewhere, by the same model; None makes them here.
 
     Returns:
         The published store.
@@ -41,6 +68,11 @@ def encode_corpus(collection: Collection, encoder: Encoder, config: EncodeConfig
         UsageError: another writer is at work.
     """
     passages, total = collection.passages_fingerprint, len(collection.passages)
+
+    def make_here(shards: Iterator[Shard]) -> Iterator[tuple[Shard, Vectors]]:
+        for shard in shards:
+            yield shard, encoder.encode_passages(collection.passages_at(shard.new), config.tokens_per_batch)
+
     with write_store(output, config.dtype, encoder.fingerprint) as writer, show_progress("encode", total) as step:
         if writer.base is not None and writer.base.passages_fingerprint == passages:
             return writer.base
@@ -48,17 +80,9 @@ def encode_corpus(collection: Collection, encoder: Encoder, config: EncodeConfig
             size = np.dtype(config.dtype).itemsize * encoder.contract.dimensions
             writer.require_space(total * size)
         gone = np.ones(len(writer.dead), dtype=np.bool_)
-
-        def read_new() -> Iterator[Passage]:
-            for block in collection.read_passages(config.shard_size):
-                old = _find_unchanged(writer, block)
-                gone[old[old >= 0]] = False
-                step(int((old >= 0).sum()))
-                yield from (passage for passage, row in zip(block, old.tolist(), strict=True) if row < 0)
-
-        for block in split_blocks(read_new(), config.shard_size):
-            _add_shard(writer, block, encoder, config)
-            step(len(block))
+        for shard, vectors in (make_vectors or make_here)(_plan_shards(collection, writer, config, gone, step)):
+            _write_vectors(writer, shard.name, collection.passages_at(shard.rows), vectors)
+            step(len(shard.rows))
         if writer.base is not None:
             writer.dead |= gone
             say(f"pairdr: {int((~gone).sum())} of {total} passages had vectors already")
@@ -89,7 +113,11 @@ def upsert_passages(
         old = store.rows_of([passage.passage_id for passage in new])
         with show_progress("encode", len(new)) as step:
             for block in split_blocks(new, config.shard_size):
-                _add_shard(writer, block, encoder, config)
+                name, fresh = _name_shard(writer, block, config)
+                if not writer.find_shard(name):
+                    changed = [passage for passage, is_new in zip(block, fresh.tolist(), strict=True) if is_new]
+                    _write_vectors(writer, name, block, encoder.encode_passages(changed, config.tokens_per_batch))
+                writer.shards.append((name, len(block)))
                 step(len(block))
         writer.dead[old[old >= 0]] = True
         fingerprint = hash_json([store.passages_fingerprint, "upserted", changes])
@@ -175,14 +203,51 @@ def _find_vectors(writer: StoreWriter, passages: Sequence[Passage]) -> Rows:
     return rows
 
 
-def _add_shard(writer: StoreWriter, block: list[Passage], encoder: Encoder, config: EncodeConfig) -> None:
-    """Add passages; those of which only the metadata changed keep their vectors."""
+def _plan_shards(
+    collection: Collection, writer: StoreWriter, config: EncodeConfig, gone: npt.NDArray[np.bool_], step: Advance
+) -> Iterator[Shard]:
+    """Cut what is new in a corpus into the shards of the next version, and yield those that are not there yet.
+
+    Shards are noted in the writer in the order of the corpus, whenever they are made.
+
+    Args:
+        collection: the corpus.
+        writer: of the store.
+        config: how many passages a shard has.
+        gone: [N] of the present version; what the corpus still has is crossed out.
+        step: moves on by what is there.
+    """
+
+    def read_new() -> Iterator[tuple[int, Passage]]:
+        start = 0
+        for block in collection.read_passages(config.shard_size):
+            old = _find_unchanged(writer, block)
+            gone[old[old >= 0]] = False
+            step(int((old >= 0).sum()))
+            yield from ((start + at, block[at]) for at in np.flatnonzero(old < 0).tolist())
+            start += len(block)
+
+    for numbered in split_blocks(read_new(), config.shard_size):
+        rows: Rows = np.array([row for row, _ in numbered], dtype=np.int64)
+        name, fresh = _name_shard(writer, [passage for _, passage in numbered], config)
+        writer.shards.append((name, len(rows)))
+        if writer.find_shard(name):
+            step(len(rows))
+        else:
+            yield Shard(name, rows, rows[fresh])
+
+
+def _name_shard(
+    writer: StoreWriter, block: Sequence[Passage], config: EncodeConfig
+) -> tuple[str, npt.NDArray[np.bool_]]:
+    """Return the name of a shard, and which [n] of its passages need a vector: not where only metadata changed."""
     old = _find_vectors(writer, block)
-    name = writer.name_shard(block, config.tokens_per_batch, np.flatnonzero(old >= 0).tolist())
-    if not writer.find_shard(name):
-        vectors = np.zeros((len(block), encoder.contract.dimensions), dtype=np.float32)  # [n, D]
-        new = [passage for passage, row in zip(block, old.tolist(), strict=True) if row < 0]
-        if new:
-            vectors[old < 0] = encoder.encode_passages(new, config.tokens_per_batch)
-        writer.write_shard(name, block, vectors, old)
-    writer.shards.append((name, len(block)))
+    return writer.name_shard(block, config.tokens_per_batch, np.flatnonzero(old >= 0).tolist()), old < 0
+
+
+def _write_vectors(writer: StoreWriter, name: str, block: Sequence[Passage], made: Vectors) -> None:
+    """Write a shard of the [m, D] vectors that were made, and those that its other passages have already."""
+    old = _find_vectors(writer, block)
+    vectors = np.zeros((len(block), made.shape[1]), dtype=np.float32)  # [n, D]
+    vectors[old < 0] = made
+    writer.write_shard(name, block, vectors, old)

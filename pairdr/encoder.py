@@ -134,11 +134,7 @@ class DualEncoder:
 
     def hash_weights(self) -> str:
         """Return the sha256 over all parameters, by name."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_parameters(self.model)
 
     def tokenize_queries(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenise questions, prefix included, cut to the contract's length."""
@@ -222,6 +218,15 @@ class DualEncoder:
         )
         types = coded.get("token_type_ids") or [[] for _ in first]
         return [Tokens(*pair) for pair in zip(coded["input_ids"], types, strict=True)]
+
+
+def hash_parameters(model: torch.nn.Module) -> str:
+    """Return the sha256 over all parameters of a model, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def push_model(folder: str | Path, repository: str, *, private: bool = False) -> str:

@@ -23,16 +23,14 @@ class PairdrError(Exception):
 
     Args:
         what: the sentence that says what is wrong.
-        path: the file or folder it is in.
+        path: the file or folder it is in, or its URL.
         line: the line in that file, counted from 1.
         remedy: what the user can do about it.
     """
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, path: str | Path | None = None, line: int | None = None, remedy: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, path: object = None, line: int | None = None, remedy: str | None = None) -> None:
         self.what, self.path, self.line, self.remedy = what, path, line, remedy
         place = "" if path is None else f"{path}: " if line is None else f"{path}:{line}: "
         super().__init__(f"{place}{what}" + ("" if remedy is None else f" {remedy}"))

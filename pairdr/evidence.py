@@ -15,11 +15,11 @@ from pairdr.config import LexicalConfig, ModelConfig, SearchConfig
 from pairdr.errors import UsageError
 from pairdr.files import hash_file
 from pairdr.formats import Examples, read_run
-from pairdr.label import score_candidates
 from pairdr.lexical import LexicalIndex, index_words
 from pairdr.mine import Candidates, open_candidates
 from pairdr.parts import is_work_folder
 from pairdr.records import Example, Run, Scored, positives_of
+from pairdr.scoring import score_candidates
 from pairdr.search import rank_dense
 from pairdr.store_config import AuditConfig
 from pairdr.teachers import Teacher, load_teacher, read_recipe

@@ -5,11 +5,9 @@ Every reader yields one record at a time and says file and line when a record is
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pairdr.errors import DataError, UsageError
+from pairdr.errors import DataError
+from pairdr.lines import Place, read_jsonl, read_lines
 from pairdr.records import RUN_SCHEMA, Example, Passage, Qrels, Run, Scored, split_blocks
 from pairdr.rows import RowReader
 
@@ -45,51 +44,7 @@ _READ_AT_ONCE = 1024
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of a UTF-8 file, gzipped or not; empty lines are passed over.
-
-    Raises:
-        UsageError: there is no such file.
-        DataError: bytes that are no UTF-8, or a truncated gzip file.
-    """
-    if not path.is_file():
-        raise UsageError("There is no such file.", path=path, remedy="Check the path.")
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    yield number, text
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"Not UTF-8 (byte 0x{error.object[error.start]:02x}).", path=path, line=number, remedy="Save it as UTF-8."
-        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            "The gzip file is broken or cut off.", path=path, line=number + 1, remedy="Copy it again."
-        ) from error
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a JSON-lines file.
-
-    Raises:
-        DataError: a line that is no JSON object.
-    """
-    for number, text in read_lines(path):
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"Broken JSON: {error}.", path=path, line=number, remedy="Mend or remove the line."
-            ) from error
-        if not isinstance(value, dict):
-            raise DataError("Not a JSON object.", path=path, line=number, remedy='Write {"_id": ..., "text": ...}.')
-        yield number, value
-
-
-def read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+def read_texts(path: Place, keys: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, values of `keys`) of a BEIR corpus or query file.
 
     A missing title is empty; `_id` and `text` have to be there. Ids that are numbers become strings. `metadata`, an
@@ -124,7 +79,7 @@ def format_metadata(value: dict[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False) if value else ""
 
 
-def require_clean(text: str, name: str, path: Path, line: int) -> str:
+def require_clean(text: str, name: str, path: Place, line: int) -> str:
     """Return a text, unless it cannot be stored: with a NUL character, or half a surrogate pair.
 
     Args:
@@ -146,7 +101,7 @@ def require_clean(text: str, name: str, path: Path, line: int) -> str:
     return text
 
 
-def require_id(text: str, name: str, path: Path, line: int) -> str:
+def require_id(text: str, name: str, path: Place, line: int) -> str:
     """Return an id, empty if it is blank; arguments and errors as of `require_clean`.
 
     Raises:
@@ -159,7 +114,7 @@ def require_id(text: str, name: str, path: Path, line: int) -> str:
     return require_clean(text, name, path, line) if text.strip() else ""
 
 
-def read_passages(path: Path) -> Iterator[Passage]:
+def read_passages(path: Place) -> Iterator[Passage]:
     """Yield the passages of a BEIR corpus file, errors as of `read_texts`."""
     for _, row in read_texts(path, PASSAGE_KEYS):
         yield Passage(*row)
@@ -185,7 +140,7 @@ def read_unlabelled(path: Path) -> Iterator[tuple[int, str, str]]:
             yield number, f"{path.name}:{number}", require_clean(text.strip(), '"text"', path, number)
 
 
-def read_qrels(path: Path) -> Qrels:
+def read_qrels(path: Place) -> Qrels:
     """Read relevance labels: BEIR's three columns, TREC's four (query 0 passage relevance), or two, all relevant.
 
     A first line that names the columns is passed over.
@@ -196,7 +151,7 @@ def read_qrels(path: Path) -> Qrels:
     return {query_id: dict(judged) for query_id, judged in _group(read_qrels_lines(path)).items()}
 
 
-def read_qrels_lines(path: Path) -> Iterator[tuple[int, str, str, int]]:
+def read_qrels_lines(path: Place) -> Iterator[tuple[int, str, str, int]]:
     """Yield (line number, query id, passage id, relevance) of a qrels file."""
     columns = 0
     for number, text in read_lines(path):
@@ -301,6 +256,16 @@ def write_run(path: Path) -> Iterator[Callable[[list[str], list[list[Scored]]], 
         yield add
 
 
+def join_runs(path: Path, parts: Iterable[Path]) -> None:
+    """Write runs in Arrow form as one, in the given order, as if `write_run` had written it."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, RUN_SCHEMA) as writer:
+        for part in parts:
+            with pa.memory_map(str(part)) as source:
+                reader = pa.ipc.open_file(source)
+                for number in range(reader.num_record_batches):
+                    writer.write_batch(reader.get_batch(number))
+
+
 def write_examples(path: Path, examples: Iterable[Example], block: int = 4096) -> int:
     """Write training rows in Arrow form and return how many there were."""
     rows: list[dict[str, Any]] = []
@@ -384,7 +349,7 @@ def _group(lines: Iterable[tuple[int, str, str, int]]) -> Qrels:
     return qrels
 
 
-def _write_metadata(value: Any, path: Path, number: int) -> str:
+def _write_metadata(value: Any, path: Place, number: int) -> str:
     if not value:
         return ""
     if not isinstance(value, dict):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pairdr.artefact import publish, read_manifest
+from pairdr.blocks import keep_blocks
 from pairdr.collection import Collection
 from pairdr.config import LabelConfig
 from pairdr.errors import ArtefactError, RefusedError
 from pairdr.files import write_json
 from pairdr.formats import write_examples
 from pairdr.mine import Candidates, is_near_copy
-from pairdr.progress import show_progress
-from pairdr.records import Example, Qrels, Run, Scored, positives_of, split_blocks
+from pairdr.records import Example, Qrels, Run, Scored, positives_of
+from pairdr.scoring import Score, Spread, fingerprint_scores, make_scorer
 
 if TYPE_CHECKING:
     from pairdr.teachers import Teacher
 
-BLOCK = 64
 LEAST_SHARE, MOST_SHARE = 0.01, 0.95
 CALIBRATED_SHARE = 0.9
 """A calibrated s_pos labels at most this share of the queries: below the share at which labels are refused."""
@@ -75,8 +75,12 @@ def label_examples(
     *,
     teacher_fingerprint: str = "",
     note: str = "",
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """Write the examples that training reads, with the teacher's scores.
+
+    Scores are kept beside the output until it is published, so a call that was killed, or refused for its thresholds,
+    is followed by one that has them.
 
     Args:
         collection: the data.
@@ -86,6 +90,7 @@ def label_examples(
         output: the folder of the examples.
         teacher_fingerprint: kept in the manifest.
         note: why there is no teacher.
+        spread: scores elsewhere, with the same teacher.
 
     Returns:
         Counts, thresholds, yield, and the measured precision on hidden labels.
@@ -99,7 +104,12 @@ def label_examples(
         "teacher": teacher_fingerprint,
     }
     candidates.require_collection(collection)
-    with publish(output, "examples", options=config.as_dict(), inputs=inputs) as staging:
+    known = None if teacher is None else fingerprint_scores(teacher)
+    scored_with = [inputs["collection"], inputs["candidates"], known, config.label_depth]
+    with (
+        keep_blocks(output, scored_with) as blocks,
+        publish(output, "examples", options=config.as_dict(), inputs=inputs) as staging,
+    ):
         facts = staging.facts
         counts: Counter[str] = Counter()
         facts["plain"] = write_examples(staging.path / "plain.arrow", _label_plainly(collection, candidates, config))
@@ -108,13 +118,15 @@ def label_examples(
             write_examples(staging.path / "labelled.arrow", _label_plainly(collection, candidates, config))
             write_examples(staging.path / "pseudo.arrow", [])
             return dict(facts)
-        tops, positives = score_dev(collection, candidates.merged, teacher, config)
+        kept = None if known is None else blocks
+        score = make_scorer(collection, candidates.merged, teacher, config.label_depth, kept, spread)
+        tops, positives = score_dev(collection, score)
         calibration = choose_thresholds(tops, positives, config)
         facts |= {"teacher": teacher.name, "calibration": asdict(calibration)}
-        labelled = _denoise(collection, candidates, teacher, calibration.s_neg, config, counts)
+        labelled = _denoise(collection, candidates, score, calibration.s_neg, config, counts)
         facts["labelled"] = write_examples(staging.path / "labelled.arrow", labelled)
         best: list[float] = []
-        pseudo = list(_label_pool(collection, candidates.merged, teacher, calibration, config, counts, best))
+        pseudo = list(_label_pool(collection, score, calibration, config, counts, best))
         facts["pseudo"] = write_examples(staging.path / "pseudo.arrow", pseudo)
         write_json(staging.path / SCORES, count_scores(tops, positives, best))
         facts |= {
@@ -156,17 +168,16 @@ def calibrate(collection: Collection, ranked: Run, teacher: Teacher, config: Lab
     Raises:
         RefusedError: no threshold reaches the wanted precision on 20 queries or more.
     """
-    return choose_thresholds(*score_dev(collection, ranked, teacher, config), config)
+    score = make_scorer(collection, ranked, teacher, config.label_depth)
+    return choose_thresholds(*score_dev(collection, score), config)
 
 
-def score_dev(
-    collection: Collection, ranked: Run, teacher: Teacher, config: LabelConfig
-) -> tuple[Tops, Sequence[float]]:
+def score_dev(collection: Collection, score: Score) -> tuple[Tops, Sequence[float]]:
     """Return the best score of each dev query and whether it is right, and the scores of all known positives."""
     tops: list[tuple[float, bool]] = []
     positives: list[float] = []
     dev = collection.qrels("dev")
-    for query_id, hits, scores in score_candidates(collection, ranked, teacher, list(dev), config.label_depth):
+    for query_id, hits, scores in score("dev", dev):
         known = positives_of(dev, query_id)
         if not hits:
             continue
@@ -281,20 +292,6 @@ def pick_pseudo_labels(
     return (best, negatives) if negatives else None
 
 
-def score_candidates(
-    collection: Collection, run: Run, teacher: Teacher, query_ids: Iterable[str], depth: int
-) -> Iterator[tuple[str, list[Scored], np.ndarray[Any, np.dtype[np.float64]]]]:
-    """Yield (query id, its first candidates, the teacher's scores), scoring a block of queries at a time."""
-    wanted = [query_id for query_id in query_ids if query_id in run]
-    with show_progress("label", len(wanted)) as advance:
-        for block in split_blocks(wanted, BLOCK):
-            hits = [run[query_id][:depth] for query_id in block]
-            passages = [[collection.passage(hit.passage_id) for hit in row] for row in hits]
-            scored = teacher.score([collection.query(query_id) for query_id in block], passages)
-            yield from zip(block, hits, scored, strict=True)
-            advance(len(block))
-
-
 def measure_precision(examples: Sequence[Example], hidden: Qrels) -> dict[str, Any] | None:
     """Return how many pseudo positives of queries with hidden labels are right; None where nothing was hidden."""
     checked = [example for example in examples if example.query_id in hidden]
@@ -313,7 +310,7 @@ def _label_plainly(collection: Collection, candidates: Candidates, config: Label
 def _denoise(
     collection: Collection,
     candidates: Candidates,
-    teacher: Teacher,
+    score: Score,
     s_neg: float,
     config: LabelConfig,
     counts: Counter[str],
@@ -323,7 +320,7 @@ def _denoise(
     The teacher sees the same candidates as for the pool, positives included: fused scores depend on the company.
     """
     mined = {query_id: {hit.passage_id for hit in candidates.negatives[query_id]} for query_id in candidates.negatives}
-    for query_id, hits, scores in score_candidates(collection, candidates.merged, teacher, mined, config.label_depth):
+    for query_id, hits, scores in score("train", mined):
         scored = {hit.passage_id: float(score) for hit, score in zip(hits, scores, strict=True)}
         usable = [passage_id for passage_id in scored if passage_id in mined[query_id]]
         kept = [passage_id for passage_id in usable if scored[passage_id] < s_neg]
@@ -345,15 +342,14 @@ def _rows(
 
 def _label_pool(
     collection: Collection,
-    ranked: Run,
-    teacher: Teacher,
+    score: Score,
     calibration: Calibration,
     config: LabelConfig,
     counts: Counter[str],
     best: list[float],
 ) -> Iterator[Example]:
     """Yield the pseudo-labelled rows, and note the best score of each query of the pool in `best`."""
-    for query_id, hits, scores in score_candidates(collection, ranked, teacher, collection.pool, config.label_depth):
+    for query_id, hits, scores in score("pool", collection.pool):
         best += [float(max(scores))] if hits else []
         picked = pick_pseudo_labels(hits, scores.tolist(), calibration.s_pos, calibration.s_neg, config.negatives)
         if picked is None:

@@ -9,9 +9,9 @@ for training queries.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pairdr.artefact import publish, read_manifest
+from pairdr.blocks import Blocks as KeptBlocks
+from pairdr.blocks import keep_blocks
 from pairdr.collection import Collection, normalise_text
 from pairdr.config import MineConfig, SearchConfig
 from pairdr.errors import ArtefactError, DataError
 from pairdr.files import hash_file
-from pairdr.formats import read_run, write_run
+from pairdr.formats import join_runs, read_run, write_run
 from pairdr.lexical import LexicalIndex
 from pairdr.progress import show_progress
 from pairdr.records import Query, Run, Scored, positives_of, split_blocks
-from pairdr.search import rank_dense, rank_words
+from pairdr.search import Blocks, rank_dense, rank_words
 from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 GRAM = 5
 """Words per gram when near copies are compared."""
+PART = 4096
+"""Queries whose ranked passages are kept as one file: what a killed call can lose."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def mine_candidates(
 ) -> Candidates:
     """Search for every train, dev and pool query, and choose the hard negatives of the labelled ones.
 
-    Memory is bounded by a block of queries, whatever the number of queries and passages.
+    Memory is bounded by a block of queries, whatever the number of queries and passages. Runs are kept in parts beside
+    the output until it is published: a call that was killed is followed by one that has them.
 
     Args:
         collection: the data.
@@ -100,21 +105,25 @@ def mine_candidates(
     query_ids = [*collection.qrels("train"), *collection.qrels("dev"), *collection.pool]
     search = SearchConfig(k=config.depth)
     inputs = {"collection": collection.fingerprint, "encoder": encoder.fingerprint, "bm25": index.fingerprint}
-    with publish(output, "candidates", options=config.as_dict(), inputs=inputs) as staging:
-        rankings = {
-            "student": rank_dense(_read_queries(collection, query_ids), encoder, store, search),
-            "bm25": rank_words(_read_queries(collection, query_ids), index, search),
-        }
-        for name, blocks in rankings.items():
-            _write_blocks(staging.path / f"{name}.arrow", name, blocks, len(query_ids))
-        student, bm25 = (Run.open(staging.path / f"{name}.arrow") for name in rankings)
-        with write_run(staging.path / "merged.arrow") as add:
-            for ids in split_blocks(query_ids, search.query_block):
-                vectors = encoder.encode_queries([collection.query(query_id).text for query_id in ids])  # [Q, D]
-                merged_ids = [merge_hits(student[query_id], bm25[query_id], config.depth) for query_id in ids]
-                triples = zip(ids, merged_ids, vectors, strict=True)
-                add(ids, [_score_hits(collection, q, found, vector, store) for q, found, vector in triples])
-        merged = Run.open(staging.path / "merged.arrow")
+
+    def merge(ids: list[str]) -> Blocks:
+        for block in split_blocks(ids, search.query_block):
+            vectors = encoder.encode_queries([collection.query(query_id).text for query_id in block])  # [Q, D]
+            merged_ids = [merge_hits(student[query_id], bm25[query_id], config.depth) for query_id in block]
+            triples = zip(block, merged_ids, vectors, strict=True)
+            yield block, [_score_hits(collection, q, found, vector, store) for q, found, vector in triples]
+
+    with (
+        keep_blocks(output, [inputs, store.fingerprint, config.depth, search.query_block, PART]) as parts,
+        publish(output, "candidates", options=config.as_dict(), inputs=inputs) as staging,
+    ):
+
+        def write(name: str, rank: Callable[[list[str]], Blocks]) -> Run:
+            return _write_ranked(staging.path / f"{name}.arrow", name, query_ids, rank, parts)
+
+        student = write("student", lambda ids: rank_dense(_read_queries(collection, ids), encoder, store, search))
+        bm25 = write("bm25", lambda ids: rank_words(_read_queries(collection, ids), index, search))
+        merged = write("merged", merge)
         margins = config
         if encoder.contract.similarity != "cosine":
             # A share of an unbounded inner product means nothing: 5 % of 180 is more than the candidates' whole spread.
@@ -278,8 +287,22 @@ def _read_queries(collection: Collection, query_ids: Iterable[str]) -> Iterator[
     return (collection.query(query_id) for query_id in query_ids)
 
 
-def _write_blocks(path: Path, name: str, blocks: Iterator[tuple[list[str], list[list[Scored]]]], total: int) -> None:
-    with show_progress(f"mine: {name}", total) as advance, write_run(path) as add:
-        for ids, ranked in blocks:
-            add(ids, ranked)
-            advance(len(ids))
+def _write_ranked(
+    path: Path, name: str, query_ids: Sequence[str], rank: Callable[[list[str]], Blocks], parts: KeptBlocks
+) -> Run:
+    """Write a run of all queries, a part of them at a time; parts that are there are not ranked again."""
+    with show_progress(f"mine: {name}", len(query_ids)) as advance:
+
+        def write_part(ids: list[str], place: Path) -> None:
+            with write_run(place) as add:
+                for block, ranked in rank(ids):
+                    add(block, ranked)
+                    advance(len(block))
+
+        places = []
+        for number, ids in enumerate(split_blocks(query_ids, PART)):
+            file = f"{name}-{number:05}.arrow"
+            advance(len(ids) if parts.has(file) else 0)
+            places.append(parts.make(file, partial(write_part, ids)))
+    join_runs(path, places)
+    return Run.open(path)

@@ -22,15 +22,14 @@ from typing import Any
 
 from pairdr.answers import ANSWERS
 from pairdr.artefact import publish, read_manifest, require_replaceable
-from pairdr.collection import Collection, open_collection
+from pairdr.collection import Collection, find_texts, open_collection
 from pairdr.errors import DataError, UsageError
 from pairdr.files import hash_file
 from pairdr.findings import Finding, find_audit_file, read_audit_lines
 from pairdr.formats import Examples, write_examples, write_qrels
 from pairdr.label import SOURCES, require_same_data
+from pairdr.lines import copy_file
 from pairdr.records import Example, Qrels, positives_of
-
-TEXTS = ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz", ANSWERS)
 
 
 @dataclass
@@ -199,12 +198,13 @@ def _count_changes(before: Qrels, after: Qrels) -> dict[str, int]:
 
 def _write_data(collection: Collection, labels: Qrels, place: Path) -> None:
     source = collection.source
-    for name in TEXTS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, place / name)
+    for name, path in find_texts(source).items():
+        copy_file(path, (place / name).with_name(path.name))
+    if (source / ANSWERS).is_file():
+        copy_file(source / ANSWERS, place / ANSWERS)
     (place / "qrels").mkdir()
-    for path in sorted((source / "qrels").glob("*.tsv")):
-        shutil.copyfile(path, place / "qrels" / path.name)
+    for path in (source / "qrels").glob("*.tsv"):
+        copy_file(path, place / "qrels" / path.name)
     if not collection.labels("dev"):
         dev = collection.qrels("dev")
         labels = {query_id: judged for query_id, judged in labels.items() if query_id not in dev}

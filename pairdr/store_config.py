@@ -37,6 +37,15 @@ class ClusterConfig(Options):
 
 
 @dataclass(frozen=True)
+class RayConfig(ClusterConfig):
+    """Workers that do a stage's work, each with a model of its own."""
+
+    workers: int | None = option(None, "Processes that hold the model; unset: as many as have room.", low=1)
+    cpus_per_worker: int = option(2, "CPUs of a worker, and the threads it computes with.", low=1)
+    gpus_per_worker: float = option(0, "GPUs of a worker: 1, a share of one, or none.", low=0, high=1)
+
+
+@dataclass(frozen=True)
 class WorkersConfig(ClusterConfig):
     """Workers that share exact search, each with a part of the vectors; on Ray, all nodes have to see their folder."""
 

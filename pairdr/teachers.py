@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from pairdr.artefact import read_manifest
 from pairdr.config import ModelConfig
-from pairdr.encoder import DualEncoder
+from pairdr.encoder import DualEncoder, hash_parameters
 from pairdr.errors import UsageError
+from pairdr.files import hash_json
 from pairdr.fusion import standardise
 from pairdr.lexical import LexicalIndex
 from pairdr.records import Passage, Query
@@ -59,6 +60,15 @@ class DualEncoderTeacher:
         self.encoder, self.name, self.source = encoder, name, source
         self._known = known if known is not None and known.encoder == encoder.fingerprint else None
         self._vectors: dict[int, npt.NDArray[np.float32]] = {}
+
+    @property
+    def known_vectors(self) -> str:
+        """Return the fingerprint of the vectors that spare encoding; empty without."""
+        return "" if self._known is None else self._known.fingerprint
+
+    def forget(self) -> None:
+        """Forget the passages that were encoded: a vector depends, in its last bits, on what it is batched with."""
+        self._vectors = {}
 
     def score(self, queries: Sequence[Query], candidates: Sequence[Sequence[Passage]]) -> list[Scores]:
         """Return the similarities."""
@@ -180,6 +190,28 @@ class FusionTeacher:
         return {"kind": "fusion", "members": [m.describe() for m in self.members], "weights": list(self.weights)}
 
 
+def forget_passages(teacher: Teacher) -> None:
+    """Forget the passages that a teacher has met: what it says next is then a function of what it is asked."""
+    if isinstance(teacher, DualEncoderTeacher):
+        teacher.forget()
+    for member in teacher.members if isinstance(teacher, FusionTeacher) else ():
+        forget_passages(member)
+
+
+def fingerprint_teacher(teacher: Teacher) -> str | None:
+    """Return a hash of all that decides a teacher's scores; None for one of another kind than these."""
+    if isinstance(teacher, LexicalTeacher):
+        return hash_json(["bm25", teacher.index.fingerprint])
+    if isinstance(teacher, DualEncoderTeacher):
+        return hash_json(["dual encoder", teacher.encoder.fingerprint, teacher.known_vectors])
+    if isinstance(teacher, CrossEncoderTeacher):
+        return hash_json(["cross-encoder", hash_parameters(teacher.model), str(teacher.model.config)])
+    if isinstance(teacher, FusionTeacher):
+        members = [fingerprint_teacher(member) for member in teacher.members]
+        return None if None in members else hash_json(["fusion", members, teacher.weights])
+    return None
+
+
 def read_recipe(folder: str | Path) -> dict[str, Any] | None:
     """Return the accepted teacher's description, or None where none was accepted."""
     read_manifest(folder, "teacher")
@@ -190,7 +222,7 @@ def read_recipe(folder: str | Path) -> dict[str, Any] | None:
 def load_teacher(
     recipe: dict[str, Any],
     folder: str | Path,
-    index: LexicalIndex,
+    index: LexicalIndex | None,
     model: ModelConfig,
     store: VectorStore | None = None,
 ) -> Teacher:
@@ -199,7 +231,7 @@ def load_teacher(
     Args:
         recipe: what `describe` gave; sources are hub names, or paths relative to `folder`.
         folder: where the description was saved.
-        index: BM25.
+        index: BM25; None will do for a teacher that does not need it.
         model: lengths and prefixes of a dual encoder that pairdr did not save.
         store: the student's vectors of the corpus, which spare encoding it again.
 
@@ -208,6 +240,8 @@ def load_teacher(
     """
     kind = recipe.get("kind")
     if kind == "bm25":
+        if index is None:
+            raise ValueError("this teacher needs BM25")
         return LexicalTeacher(index)
     if kind == "fusion":
         members = [load_teacher(member, folder, index, model, store) for member in recipe["members"]]

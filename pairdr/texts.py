@@ -44,6 +44,10 @@ class TextTable:
         """Return the id of a row."""
         return str(self.table.column("id")[int(row)].as_py())
 
+    def take(self, rows: npt.NDArray[np.int64], columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
+        """Return some columns of rows."""
+        return self._rows.take(rows, columns)
+
     def ids_of(self, rows: npt.NDArray[np.int64]) -> list[str]:
         """Return the ids of many rows."""
         return [str(row[0]) for row in self._rows.take(rows, ("id",))]

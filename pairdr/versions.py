@@ -17,6 +17,7 @@ from pairdr.artefact import MANIFEST, publish_version, read_manifest
 from pairdr.errors import ArtefactError, BusyError, PairdrError, UsageError
 from pairdr.files import describe_file, explain_failed_writes, hash_file, hash_json, hold_lock, replace_file
 from pairdr.ids import hash_text, write_id_index
+from pairdr.lines import UrlPath, find_place
 from pairdr.records import Passage
 from pairdr.vectors import BLOCK, SCHEMA, Dtype, Rows, Vectors, VectorStore, hash_passage, map_table, to_stored
 
@@ -306,7 +307,13 @@ def _write_beside(path: Path) -> Iterator[Path]:
 
 
 def _require_place(folder: Path) -> None:
-    """Refuse a folder with other files: a store clears away what it does not know."""
+    """Refuse a folder with other files: a store clears away what it does not know. Refuse a URL."""
+    if isinstance(find_place(folder), UrlPath):
+        raise UsageError(
+            "Vectors are memory-mapped, so their place is a folder of this machine, or one that is mounted there.",
+            path=folder,
+            remedy="Name such a folder.",
+        )
     if folder.is_file():
         raise UsageError("This is no place for an output folder.", path=folder, remedy="Name a new folder.")
     if not folder.is_dir():

@@ -53,7 +53,8 @@ from pairdr.exchange.training import (
     write_tevatron,
     write_tevatron_old,
 )
-from pairdr.formats import Examples, read_jsonl, write_examples
+from pairdr.formats import Examples, write_examples
+from pairdr.lines import read_jsonl
 from pairdr.records import Example, Passage, Query
 from pairdr.store_config import ExportDataConfig, ImportDataConfig
 

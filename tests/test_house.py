@@ -20,16 +20,19 @@ PACKAGE = ROOT / "pairdr"
 # A module imports only from rooms named before its own. A folder is one room: its files may share a contract.
 ROOMS = (
     *("errors", "records", "rows", "options", "config", "store_config"),
-    *("formats", "files", "artefact", "progress", "ids"),
+    *("lines", "formats", "files", "artefact", "blocks", "progress", "ids"),
     *("sources", "texts", "collection"),
     *("measures", "answers", "fusion"),
     *("losses", "ranks", "auxiliary", "gradcache", "dropout"),
-    *("tokens", "start", "encoder", "backends", "vectors", "versions", "filters", "indexes", "lexical", "teachers"),
+    *("tokens", "start", "encoder", "backends", "ray_connection", "vectors", "versions"),
+    *("filters", "indexes", "lexical", "teachers"),
+    *("workers", "cluster"),
     *("batches", "objective", "tuning", "checkpoint", "watch", "loop"),
     *(
         "check",
         "costs",
         "encode",
+        "encode_ray",
         "index",
         "load",
         "search",
@@ -37,8 +40,10 @@ ROOMS = (
         "searcher",
         "evaluate",
         "mine",
+        "scoring",
         "teach",
         "label",
+        "label_ray",
         "train",
         "warm",
     ),
@@ -74,7 +79,7 @@ ROOMS = (
 # None of these may load torch when it is imported.
 LIGHT = (
     *("errors", "records", "options", "config", "store_config"),
-    *("formats", "files", "artefact", "collection", "tokens", "vectors"),
+    *("lines", "formats", "files", "artefact", "collection", "tokens", "vectors"),
     *(
         "versions",
         "lexical",
@@ -86,8 +91,11 @@ LIGHT = (
         "answers",
         "check",
         "encode",
+        "encode_ray",
         "mine",
+        "scoring",
         "label",
+        "label_ray",
         "evaluate",
         "compare",
         "index",
@@ -103,7 +111,7 @@ LIGHT = (
     *("backends", "backends.exported", "backends.onnx", "backends.openvino", "gate"),
 )
 
-LOCKED_EXTRAS = ("demo", "train", "faiss", "milvus", "pgvector", "sources", "onnx", "openvino", "serve", "dev")
+LOCKED_EXTRAS = ("demo", "train", "faiss", "milvus", "pgvector", "ray", "sources", "onnx", "openvino", "serve", "dev")
 LOCK_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9][A-Za-z0-9.]*)")
 MOST_LINES = 400
 

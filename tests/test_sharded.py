@@ -343,7 +343,7 @@ def test_without_ray_it_is_named(store: VectorStore, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("ray://somewhere:10001", "ray://somewhere:10001: Workers are not reached through Ray's client"),
+        ("ray://somewhere:10001", "ray://somewhere:10001: Ray's client cannot reach"),
         ("127.0.0.1:1", "127.0.0.1:1: No Ray cluster answers"),
     ],
 )

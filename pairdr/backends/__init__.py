@@ -63,12 +63,13 @@ class Encoder(Protocol):
         """Return the [n, D] vectors of passages."""
 
 
-def open_encoder(folder: str | Path, device: str | None = None) -> Encoder:
+def open_encoder(folder: str | Path, device: str | None = None, threads: int | None = None) -> Encoder:
     """Open a model that pairdr saved or exported.
 
     Args:
         folder: where it stands.
         device: cpu, cuda, ...; unset picks the best there is. An exported model runs on a CPU.
+        threads: of an exported model; unset: one for each core.
 
     Raises:
         ArtefactError: the folder is missing, broken or holds something else.
@@ -90,11 +91,15 @@ def open_encoder(folder: str | Path, device: str | None = None) -> Encoder:
         )
     from pairdr.backends.exported import ExportedEncoder
 
-    return ExportedEncoder.open(folder)
+    return ExportedEncoder.open(folder, threads)
 
 
-def load_encoder(config: ModelConfig) -> Encoder:
+def load_encoder(config: ModelConfig, threads: int | None = None) -> Encoder:
     """Load the model that options name: an exported folder, or whatever `DualEncoder.load` takes.
+
+    Args:
+        config: names it.
+        threads: with which this process computes from now on; unset: as many as its library likes.
 
     Raises:
         UsageError: no model there, or options that it was not made with.
@@ -103,8 +108,12 @@ def load_encoder(config: ModelConfig) -> Encoder:
     if not is_exported(config.start):
         from pairdr.encoder import DualEncoder
 
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
         return DualEncoder.load(config)
-    encoder = open_encoder(config.start, config.device)
+    encoder = open_encoder(config.start, config.device, threads)
     temperature = read_manifest(config.start).facts["temperature"]
     require_contract(encoder.contract, temperature, config, config.start)
     return encoder

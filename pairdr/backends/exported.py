@@ -60,7 +60,7 @@ class ExportedEncoder:
         """Return how far what a text is batched with may move a number of its vector, of its largest."""
         return 0.05 if self._quantised else 1e-5
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any], threads: int | None = None) -> None:
         self.contract = Contract(**facts["contract"])
         self.fingerprint = str(facts["encoder"])
         self._pad_id = int(facts["pad_id"])
@@ -69,13 +69,17 @@ class ExportedEncoder:
         self._reader = TextReader(text, self.contract, bool(facts["token_types"]))
         graph = find_graph(facts["backend"])
         self._idle: SimpleQueue[Forward] = SimpleQueue()  # each is used by one thread at a time
-        self._cores = count_cores()
+        self._cores = threads or count_cores()
         for forward in graph.load(folder / graph.file, self._cores):
             self._idle.put(forward)
 
     @classmethod
-    def open(cls, folder: str | Path) -> ExportedEncoder:
+    def open(cls, folder: str | Path, threads: int | None = None) -> ExportedEncoder:
         """Open a model that `pairdr export` wrote.
+
+        Args:
+            folder: where it stands.
+            threads: with which it computes; unset: one for each core.
 
         Raises:
             ArtefactError: the folder is missing, broken or of another kind.
@@ -86,7 +90,7 @@ class ExportedEncoder:
         def read(manifest: Manifest) -> ExportedEncoder:
             if hash_file(place / TOKENIZER) != manifest.files[TOKENIZER]["sha256"]:
                 raise ValueError(f"{TOKENIZER} is not the file that was written")
-            return cls(place, manifest.facts)
+            return cls(place, manifest.facts, threads)
 
         try:
             return read_whole(place, "exported", read)

@@ -18,7 +18,8 @@ from pairdr.exchange.files import (
     write_columns,
     write_objects,
 )
-from pairdr.formats import read_lines, require_id
+from pairdr.formats import require_id
+from pairdr.lines import read_lines
 from pairdr.records import Passage, Query
 
 CorpusWriter = Callable[[Path, Iterable[Passage], Counter[str]], None]

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from pairdr.errors import DataError, UsageError
-from pairdr.formats import BREAKS, read_jsonl, read_lines, require_clean, require_id
+from pairdr.formats import BREAKS, require_clean, require_id
+from pairdr.lines import read_jsonl, read_lines
 
 NO_TITLE = "-"
 """What RocketQA writes where there is no title."""

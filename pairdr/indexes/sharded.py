@@ -7,7 +7,6 @@ find is merged, and equals one process to the bit. A worker that dies is started
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -22,9 +21,10 @@ import numpy as np
 
 from pairdr.backends.exported import count_cores
 from pairdr.config import SearchConfig
-from pairdr.errors import MissingExtraError, PairdrError, UsageError
+from pairdr.errors import PairdrError
 from pairdr.indexes.exact import Allowed, Rows, Scores, merge_results
 from pairdr.indexes.shards import ShardWorker, Task, split_rows
+from pairdr.ray_connection import connect_ray, load_ray
 from pairdr.store_config import WorkersConfig
 from pairdr.vectors import VectorStore
 
@@ -106,8 +106,11 @@ class ShardedIndex:
             UsageError: no cluster answers.
             PairdrError: as the constructor.
         """
-        nodes = connect_ray(config.ray_address) if config.on == "ray" else 1
-        return cls(store, config.search_workers or nodes, threads=config.search_threads, on=config.on)
+        workers = config.search_workers
+        if config.on == "ray":
+            connect_ray(config.ray_address)
+            workers = workers or len(_list_processors())
+        return cls(store, workers or 1, threads=config.search_threads, on=config.on)
 
     def search(
         self, queries: Scores, k: int, allowed: Allowed | None = None, filters: object = None
@@ -166,41 +169,6 @@ class ShardedIndex:
         return answers
 
 
-def connect_ray(address: str | None) -> int:
-    """Connect this process to a Ray cluster where it is not; return the number of nodes that have processors.
-
-    Args:
-        address: host:port, or auto; None is RAY_ADDRESS, or Ray on this machine alone.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        UsageError: no cluster answers, or the address is one of Ray's client.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray = _load_ray()
-    if not ray.is_initialized():
-        address = address or os.environ.get("RAY_ADDRESS") or "local"
-        if address.startswith("ray://"):
-            raise UsageError(
-                "Workers are not reached through Ray's client.",
-                path=address,
-                remedy="Start pairdr on a node of the cluster and name host:port, or auto.",
-            )
-        alone = {"include_dashboard": False} if address == "local" else {}
-        host, _, port = address.rpartition(":")
-        try:
-            if port.isdecimal():  # where nobody listens, Ray itself would try for minutes
-                socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address, log_to_driver=False, logging_level="ERROR", **alone)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"No Ray cluster answers: {str(error).strip().splitlines()[0]}",
-                path=address,
-                remedy="Start one with ray start, and give its host:port as --ray-address.",
-            ) from error
-    return len(_list_processors())
-
-
 class _Process:
     """A worker in a process of its own, which ends when the pipe to it is closed."""
 
@@ -247,7 +215,7 @@ class _Actor:
     """A worker as a Ray actor, on whichever node has room."""
 
     def __init__(self, task: Task) -> None:
-        self._task, self._ray = task, _load_ray()
+        self._task, self._ray = task, load_ray()
         self._actor: Any = None
         self._answer: Any = None
 
@@ -320,16 +288,8 @@ def _list_processors() -> list[float]:
     Raises:
         PairdrError: none has.
     """
-    nodes = [node["Resources"].get("CPU", 0) for node in _load_ray().nodes() if node["Alive"]]
+    nodes = [node["Resources"].get("CPU", 0) for node in load_ray().nodes() if node["Alive"]]
     found = [count for count in nodes if count >= 1]
     if not found:
         raise PairdrError("No node of the Ray cluster has a processor.", remedy="Add one with ray start.")
     return found
-
-
-def _load_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtraError("ray", "ray") from error
-    return ray

@@ -14,7 +14,8 @@ from typing import Any
 
 from pairdr.errors import DataError, UsageError
 from pairdr.files import hash_json
-from pairdr.formats import read_jsonl, read_qrels
+from pairdr.formats import read_qrels
+from pairdr.lines import read_jsonl
 from pairdr.records import Qrels
 from pairdr.sources.folder import SPLIT_WORDS, Parts, Row, make_row, read_relevance
 

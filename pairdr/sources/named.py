@@ -12,6 +12,7 @@ from pathlib import Path
 from pairdr.artefact import publish, read_manifest
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.files import hash_json, hold_lock
+from pairdr.lines import Place, find_place
 from pairdr.progress import say
 from pairdr.sources.folder import write_folder
 from pairdr.sources.hub import describe_local, read_hub_dataset
@@ -22,12 +23,12 @@ CONVERSION = 1
 """Raised when the same source would be written otherwise."""
 
 
-def find_data(name: str | Path, cache: Path) -> Path:
+def find_data(name: str | Path, cache: Path) -> Place:
     """Return the BEIR folder that is named.
 
     Args:
-        name: a folder; or `ir:NAME` or `hf:NAME`, with `,SPLIT=SUBSET` for each split where not what goes by
-            convention is wanted: `ir:msmarco-passage,train=train,test=dev/small`.
+        name: a folder, or its URL; or `ir:NAME` or `hf:NAME`, with `,SPLIT=SUBSET` for each split where not what goes
+            by convention is wanted: `ir:msmarco-passage,train=train,test=dev/small`.
         cache: where converted data stand.
 
     Raises:
@@ -37,7 +38,7 @@ def find_data(name: str | Path, cache: Path) -> Path:
     """
     kind, colon, rest = str(name).partition(":")
     if not colon or kind not in READERS:
-        return Path(name)
+        return find_place(name)
     source, splits = _parse_name(rest, str(name))
     local = describe_local(source) if kind == "hf" else []
     title = Path(source).resolve().name if local else source.partition("@")[0]
