@@ -95,7 +95,7 @@ def make_place(folder: Path, corpus: Path, encoder: Encoder) -> Path:
 def name_version(vectors: Path, words: Path | None = None) -> str:
     """Return the version that a service of these vectors and words names."""
     store, index = VectorStore(vectors), LexicalIndex(words or vectors.parent / "bm25")
-    return f"{store.version}-{hash_json([store.fingerprint, index.fingerprint, store.encoder])[:12]}"
+    return f"{store.version}-{hash_json([store.fingerprint, index.fingerprint, store.encoder, None])[:12]}"
 
 
 def read_rows(place: Path) -> list[dict[str, Any]]:

@@ -82,18 +82,20 @@ class Snapshot:
         searcher: answers questions.
         encoder: makes vectors.
         widths: dimensions that a vector may be cut to.
+        index: names what an approximate index was built or loaded as; None is exact search.
     """
 
     name: str
     searcher: Searcher
     encoder: SharedEncoder
     widths: tuple[int, ...]
+    index: str | None = None
 
     @cached_property
     def version(self) -> str:
-        """Return the number of the vectors' version, and a hash of all that answers: vectors, words, model."""
+        """Return the number of the vectors' version, and a hash of all that answers: vectors, words, model, index."""
         store, words = self.searcher.store, self.searcher.words
-        parts = [store.fingerprint, None if words is None else words.fingerprint, self.encoder.fingerprint]
+        parts = [store.fingerprint, None if words is None else words.fingerprint, self.encoder.fingerprint, self.index]
         return f"{store.version}-{hash_json(parts)[:12]}"
 
 
@@ -238,7 +240,7 @@ class Shelf:
 
     def _open(self, name: str) -> tuple[object, Snapshot]:
         parts = self.find_parts(name)
-        stamp = _stamp_parts(parts)  # before the parts are opened: what changes meanwhile is opened again
+        stamp, index = _stamp_parts(parts), _name_index(parts.index)  # first: what changes meanwhile is opened again
         encoder = self._open_encoder(parts)
         searcher = open_searcher(
             parts, encoder, reranker=self._reranker, device=self._model.device, workers=self._workers
@@ -247,7 +249,8 @@ class Shelf:
             self._reranker = searcher.reranker  # knows nothing of versions: one is enough for all
         # Loads what is loaded late, before anybody waits for it.
         searcher.search("a first question", k=1, rerank=0 if searcher.reranker is None else 1)
-        return stamp, Snapshot(name, searcher, encoder, read_widths(parts.model or Path(self._model.start)))
+        widths = read_widths(parts.model or Path(self._model.start))
+        return stamp, Snapshot(name, searcher, encoder, widths, index)
 
     def _open_encoder(self, parts: Parts) -> SharedEncoder:
         """Return the model, or the one that is open already where its folder has not changed."""
@@ -317,6 +320,16 @@ def read_widths(model: Path) -> tuple[int, ...]:
 
 def _has_vectors(parts: Parts) -> bool:
     return all(folder is not None and (folder / MANIFEST).is_file() for folder in (parts.model, parts.vectors))
+
+
+def _name_index(index: str | Path | None) -> str | None:
+    if index is None:
+        return None
+    if is_url(index):
+        from pairdr.indexes.database import stamp_database
+
+        return str(stamp_database(str(index)))
+    return read_manifest(Path(index)).fingerprint
 
 
 def _stamp_parts(parts: Parts) -> object:
