@@ -3,13 +3,14 @@
     OUTPUT.parts/KEY/student-00003.arrow     KEY is a hash of all that decides what is in the blocks
 
 A block is written whole or not at all. Blocks of other inputs are removed when a call begins, all of them when one has
-published what they are for.
+published what they are for; whatever else stands there is left alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 from pairdr.errors import BusyError
 from pairdr.files import explain_failed_writes, hash_json, hold_lock, sync_directory
+
+_KEY = re.compile(r"[0-9a-f]{24}")
 
 
 class Blocks:
@@ -63,11 +66,13 @@ def keep_blocks(output: str | Path, inputs: Any) -> Iterator[Blocks]:
     with explain_failed_writes(output):
         try:
             with hold_lock(place, wait=False):
-                for other in sorted(place.iterdir()):
-                    if other != folder:
+                for other in place.iterdir():
+                    if other != folder and _KEY.fullmatch(other.name):
                         shutil.rmtree(other)
                 folder.mkdir(exist_ok=True)
                 yield Blocks(folder)
-                shutil.rmtree(place)
+                shutil.rmtree(folder)
+                with contextlib.suppress(OSError):  # something else is in it, which stays
+                    place.rmdir()
         except BlockingIOError as error:
             raise BusyError(output) from error

@@ -18,6 +18,7 @@ from typing import IO, Any
 from pairdr.errors import DataError, MissingExtraError, PairdrError, UsageError
 
 _URL = re.compile(r"(?:^|(?<=::))([A-Za-z][A-Za-z0-9+.-]+):/+")
+_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
 _STAMPS = ("ETag", "etag", "md5Hash", "CRC", "LastModified", "last_modified", "Last-Modified", "updated", "mtime")
 """What file systems of fsspec call the hash of a file, or the time when it was last changed."""
 _BUFFER = 2**20
@@ -26,7 +27,7 @@ _BUFFER = 2**20
 class UrlPath:
     """A file or folder of whatever fsspec opens: `s3://bucket/data`, `zip://data::file.zip`, `memory://data`.
 
-    It has those methods of `Path` that reading data needs.
+    It has those methods of `Path` that reading data needs. As text it is without the password in it.
     """
 
     def __init__(self, url: str) -> None:
@@ -35,7 +36,7 @@ class UrlPath:
         self._first = first
 
     def __str__(self) -> str:
-        return self.url
+        return _hide_password(self.url)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, UrlPath) and other.url == self.url
@@ -98,7 +99,7 @@ class UrlPath:
             info = system.info(path)
         known = [str(info[key]) for key in (*_STAMPS, "created") if info.get(key) is not None]
         # Where nothing is known but the size, no earlier conversion can be trusted.
-        return [self.url, info.get("size"), known[0] if known else time.time_ns()]
+        return [str(self), info.get("size"), known[0] if known else time.time_ns()]
 
     @cached_property
     def _system(self) -> tuple[Any, str]:
@@ -118,13 +119,19 @@ class UrlPath:
             raise
         except ImportError as error:
             raise UsageError(
-                f"A package is missing: {error}.", path=self.url, remedy="Install it beside pairdr."
+                f"A package is missing: {error}.", path=str(self), remedy="Install it beside pairdr."
             ) from error
         except Exception as error:  # each file system has errors of its own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UsageError(
-                f"The place cannot be read: {reason}.", path=self.url, remedy="Check the URL and your rights to it."
-            ) from error
+                f"The place cannot be read: {_hide_password(reason)}.",
+                path=str(self),
+                remedy="Check the URL and your rights to it.",
+            ) from None  # the cause's own text may hold a password
+
+
+def _hide_password(text: str) -> str:
+    return _PASSWORD.sub(r"\1:***@", text)
 
 
 Place = Path | UrlPath

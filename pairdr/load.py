@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -69,7 +70,7 @@ def load_database(
         if load != published:
             database.finish(load, config.memory_limit)
         facts |= _tune(database, load, store, config, queries)
-        database.write_facts(load, facts | {"revision": facts["revision"] + 1})
+        database.write_facts(load, facts | {"revision": _draw_revision()})
         if load != published:
             database.publish(load)
         for half in database.list_halves():
@@ -127,8 +128,9 @@ def _begin(database: Database, load: str, store: VectorStore, config: IndexConfi
     """Return the facts of a load, and whether it was begun just now: its place is made, and no row is there."""
     database.create(load, store.dimensions, store.similarity, store.dtype)
     found = database.read_facts(load)
-    facts: Facts = {"effort": asdict(Effort(1, 1)), "recall_depth": config.recall_depth, "revision": 0} | (found or {})
+    facts: Facts = {"effort": asdict(Effort(1, 1)), "recall_depth": config.recall_depth} | (found or {})
     facts |= {
+        "revision": _draw_revision(),
         "format": FORMAT,
         "encoder": store.encoder,
         "similarity": store.similarity,
@@ -156,6 +158,8 @@ def _bring_up(database: Database, load: str, facts: Facts, store: VectorStore, i
             if held.get(shard.name) == wanted:
                 advance(wanted.kept)
                 continue
+            if shard.name not in held:  # noted first: who finds half of it later knows whose rows these are
+                database.note_shard(load, wanted._replace(kept=0, digest="", whole=False))
             there = np.zeros(0, np.int64) if is_new else database.list_keys(load, number, shard.count)
             live = make_keys(number, np.flatnonzero(mask_live(store, shard.start, shard.count)))
             _add_rows(database, load, store, shard, np.setdiff1d(live, there), advance)
@@ -166,7 +170,7 @@ def _bring_up(database: Database, load: str, facts: Facts, store: VectorStore, i
     for one in (one for name, one in held.items() if name not in names):
         database.note_shard(load, one._replace(kept=0, digest="", whole=False))
         leaving.append((one._replace(kept=0), database.list_keys(load, one.number, one.rows)))
-    facts["revision"] += 1
+    facts["revision"] = _draw_revision()
     database.write_facts(load, facts)  # who reads now learns of it before any row goes
     for one, gone in leaving:
         database.remove(load, gone)
@@ -174,6 +178,11 @@ def _bring_up(database: Database, load: str, facts: Facts, store: VectorStore, i
             database.note_shard(load, one)
         else:
             database.forget_shard(load, one.number)
+
+
+def _draw_revision() -> str:
+    """Return what no load had before: names of loads come back."""
+    return secrets.token_hex(8)
 
 
 def _add_rows(

@@ -48,7 +48,7 @@ def connect_ray(address: str | None) -> bool:
             path=address,
             remedy="Start pairdr on a node of the cluster and name host:port, or 'auto'.",
         )
-    alone = {"num_cpus": count_cores(), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    alone = {"num_cpus": count_cores(), "include_dashboard": False}
     try:
         _require_listener(address)
         ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **(alone if address == _LOCAL else {}))

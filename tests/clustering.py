@@ -10,7 +10,10 @@ from pathlib import Path
 
 import ray
 
+from pairdr.encode_ray import OpenEncoder
 from pairdr.errors import ArtefactError
+from pairdr.records import Passage
+from pairdr.vectors import Vectors
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,19 @@ class Slowly:
             return block[0] * 2, ray.get_runtime_context().get_node_id(), block[1]
 
         return work
+
+
+class OpenSlowEncoder(OpenEncoder):
+    """Loads a model that takes its time."""
+
+    def __call__(self) -> Callable[[list[Passage]], Vectors]:
+        work = super().__call__()
+
+        def encode(passages: list[Passage]) -> Vectors:
+            time.sleep(0.3)
+            return work(passages)
+
+        return encode
 
 
 def open_broken() -> Callable[[object], object]:

@@ -57,6 +57,15 @@ def test_blocks_of_other_inputs_are_removed(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out.parts").iterdir())) == 1
 
 
+def test_what_others_put_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "out.parts" / "mine").mkdir(parents=True)
+    for path in (tmp_path / "out.parts" / "notes.txt", tmp_path / "out.parts" / "mine" / "notes.txt"):
+        path.write_text("mine")
+    with keep_blocks(tmp_path / "out", ["a"]) as blocks:
+        blocks.make("x", write_text("of these"))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes.txt", "notes.txt", "out.parts"]
+
+
 def test_half_a_block_is_none(tmp_path: Path) -> None:
     def break_off(path: Path) -> None:
         path.write_text("ha")

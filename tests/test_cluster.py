@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from clustering import Note, Slowly, open_broken, open_clumsy, open_deadly
+from clustering import Note, OpenSlowEncoder, Slowly, open_broken, open_clumsy, open_deadly
 
 from pairdr import cluster as module
 from pairdr import encode_ray
@@ -218,6 +218,30 @@ def test_scores_are_those_of_the_local_teacher(
 
 
 # --- a node that dies; the cluster has one node after it --------------------------------------------------------------
+
+
+def test_encoding_that_loses_a_node_ends_with_the_shards_of_the_local_encoder(
+    nodes: Any, toy: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 2.0)
+    monkeypatch.setattr(encode_ray, "OpenEncoder", OpenSlowEncoder)
+    spread, came = Cluster.map_blocks, []
+
+    def lose(self: Cluster, *work: Any) -> Any:
+        for number, vectors in spread(self, *work):
+            came.append(number)
+            if len(came) == 8:
+                nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+            yield number, vectors
+
+    monkeypatch.setattr(Cluster, "map_blocks", lose)
+    data, model, config = open_collection(toy), ModelConfig(start=str(tiny_model)), EncodeConfig(shard_size=4)
+    encode_collection(data, model, config, RayConfig(), tmp_path / "local")
+    encode_collection(data, model, config, on(nodes, cpus_per_worker=2), tmp_path / "ray")
+    assert sorted(came) == list(range(30))
+    assert hash_shards(tmp_path / "ray") == hash_shards(tmp_path / "local")
+    assert VectorStore(tmp_path / "ray").fingerprint == VectorStore(tmp_path / "local").fingerprint
+    nodes.add_node(num_cpus=2)
 
 
 def test_a_lost_node_costs_only_what_had_not_come(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

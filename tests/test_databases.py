@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from storing import SIZE, WordEncoder, make_texts, to_passages, write_collection
 
 from pairdr import load as load_stage
 from pairdr.cli import main
-from pairdr.config import EncodeConfig, ModelConfig
+from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig
 from pairdr.encode import encode_corpus, upsert_passages
 from pairdr.errors import (
     ArtefactError,
@@ -33,12 +36,14 @@ from pairdr.errors import (
 )
 from pairdr.filters import match_rows, parse_filters
 from pairdr.indexes import database as database_index
+from pairdr.indexes import pgvector
 from pairdr.indexes import postgres as postgres_server
 from pairdr.indexes.address import is_url, read_address
 from pairdr.indexes.candidates import Effort
 from pairdr.indexes.database import DatabaseIndex, mask_live, open_database, stamp_database
 from pairdr.indexes.engine import read_offsets
 from pairdr.indexes.exact import search_exact
+from pairdr.lexical import index_words
 from pairdr.load import describe_database, drop_database, load_database
 from pairdr.records import Passage
 from pairdr.serve.shelf import Shelf
@@ -357,6 +362,38 @@ def _refuse(*arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("server", ["postgres", "lite"], indirect=True)
+def test_a_reader_sees_a_load_that_has_the_name_of_one_before_it(server: Server, tmp_path: Path) -> None:
+    url, first = server.url(), make_store(tmp_path, make_passages())
+    index = load_database(first, url, CONFIG)
+    delete_passages(tmp_path / "v", [f"p{n:03d}" for n in range(0, 100, 2)])
+    second, rebuild = compact_store(tmp_path / "v"), replace(CONFIG, rebuild=True)
+    for _ in range(2):
+        load_database(second, url, rebuild)
+    assert open_database(url).find_load() == index.load
+    index._next_look = 0
+    require_found(index, first)
+
+
+@pytest.mark.parametrize("server", ["postgres", "lite"], indirect=True)
+def test_rows_of_a_killed_update_go_with_their_shard(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, first = server.url(), make_store(tmp_path, make_passages())
+    load_database(first, url, CONFIG)
+    upsert_passages(make_passages(380)[300:], ENCODER, SHARDS, tmp_path / "v")
+    add = load_stage._add_rows
+    monkeypatch.setattr(load_stage, "_add_rows", lambda *arguments: (add(*arguments), _interrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        load_database(VectorStore(tmp_path / "v"), url, CONFIG)
+    monkeypatch.undo()
+    assert describe_database(url)["count"] == 380
+    require_found(DatabaseIndex.open(url, first), first)
+    delete_passages(tmp_path / "v", [f"p{n:03d}" for n in range(300, 380)])
+    load_database(compact_store(tmp_path / "v"), url, CONFIG)
+    assert describe_database(url)["count"] == 300
+
+
+@pytest.mark.parametrize("server", ["postgres", "lite"], indirect=True)
 def test_rows_that_a_killed_update_left_are_taken_out_by_the_next(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,6 +687,26 @@ def test_a_lost_connection_is_opened_anew(postgres: Postgres, kept: VectorStore)
     require_found(index, kept)
 
 
+def test_a_frozen_server_is_not_waited_for(
+    postgres: Postgres, kept: VectorStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pgvector, "_PATIENCE", 0.3)
+    monkeypatch.setattr(pgvector, "_PATIENCE_EACH", 0.01)
+    index = load_database(kept, postgres.url(), CONFIG)
+    query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pairdr'"
+    frozen = [pid for (pid,) in postgres.execute(query)]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert index.search(QUERIES, 10)[0].tolist() == find_exactly(kept, 10)
+        assert "exact search answers, since" in capsys.readouterr().err
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+    index._next_look = 0
+    require_found(index, kept)
+
+
 def test_while_a_server_is_away_exact_search_answers_and_says_so_once(
     postgres: Postgres, kept: VectorStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -682,7 +739,14 @@ def _be_away() -> None:
         ("milvus://[::1]:7/n", "milvus", "http://[::1]:7", "n", "milvus://[::1]:7/n"),
         ("milvus-lite:///file.db", "milvus-lite", "/file.db", "pairdr", "milvus-lite:///file.db?name=pairdr"),
         ("milvus-lite:///a%20b/f.db?name=x_1", "milvus-lite", "/a b/f.db", "x_1", "milvus-lite:///a%20b/f.db?name=x_1"),
-        ("postgresql://h/d", "postgresql", "postgresql://h/d", "pairdr", "postgresql://h/d?name=pairdr"),
+        ("milvus://:t%3Ak@host/n", "milvus", "http://host:19530", "n", "milvus://host/n"),
+        ("postgresql://h/d", "postgresql", "postgresql://h/d?", "pairdr", "postgresql://h/d?name=pairdr"),
+        ("postgresql://a:1,b:2/d", "postgresql", "postgresql://a:1,b:2/d?", "pairdr", "postgresql://a:1,b:2/d?name=pairdr"),
+        (
+            "postgresql:///d?host=/run/p&options=-c%20a%3Db%2B1", "postgresql",
+            "postgresql:///d?host=%2Frun%2Fp&options=-c%20a%3Db%2B1", "pairdr",
+            "postgresql:///d?host=/run/p&options=-c%20a%3Db%2B1&name=pairdr",
+        ),
         (
             "postgres://u:p@h:5/d?name=n&sslmode=require&password=p", "postgresql",
             "postgresql://u:p@h:5/d?sslmode=require&password=p", "n", "postgresql://u@h:5/d?sslmode=require&name=n",
@@ -712,6 +776,7 @@ def test_a_password_is_read_and_never_shown(password: str) -> None:
     ("url", "message"),
     [
         ("mysql://host/x", r"mysql:// is no database that is known here\. Write postgresql://"),
+        ("postgresql://me:12/34secret@h/d", "an @ after its host.*%2F"), ("milvus://me:12?cret@h/d", "an @ after"),
         ("milvus:///x", "cannot be read.*milvus://HOST:19530/NAME"), ("milvus://h:port/x", "cannot be read"),
         ("milvus://h/x?secure=maybe", "cannot be read"), ("milvus://h/x?timeout=3", "cannot be read"),
         ("milvus-lite://file.db", "three slashes"), ("milvus-lite:///file.sqlite", r"and \.db"),
@@ -720,8 +785,9 @@ def test_a_password_is_read_and_never_shown(password: str) -> None:
     ],
 )  # fmt: skip
 def test_urls_of_other_forms_are_refused(url: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
         read_address(url)
+    assert "cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["index", "/a/b", "C:/index", "a:b", Path("milvus://host/x")])
@@ -785,13 +851,20 @@ def test_the_service_follows_a_database(
     rebuild = IndexConfig(recall_depth=10, wanted_recall=0.9, tuning_queries=20, rebuild=True)
     load_database(VectorStore(place), url, rebuild)
     assert shelf.refresh() == [place.name]
+    before = shelf.take(None).version
     monkeypatch.setattr(database_index, "stamp_database", lambda url: _be_away())
     capsys.readouterr()
-    assert (shelf.refresh(), shelf.refresh()) == ([], [])
-    assert capsys.readouterr().err.count("is not served: The server does not answer") == 1
-    assert len(shelf.take(None).searcher.search("a river", 3)) == 3
+    assert (shelf.refresh(), shelf.stale, shelf.take(None).version) == ([], {}, before)
+    (first,) = shelf.take(None).searcher.search("a river", 1)
+    delete_passages(place, [first.passage_id])
+    index_words(VectorStore(place), LexicalConfig(), place.parent / "bm25")
+    assert (shelf.refresh(), shelf.refresh()) == ([place.name], [])
+    assert capsys.readouterr().err.count("is away: its new version is searched exactly") == 1
+    assert shelf.take(None).searcher._index is None
+    assert first.passage_id not in [hit.passage_id for hit in shelf.take(None).searcher.search("a river", 3)]
     monkeypatch.undo()
-    assert (shelf.refresh(), shelf.stale) == ([], {})
+    assert (shelf.refresh(), shelf.stale) == ([place.name], {})
+    assert isinstance(shelf.take(None).searcher._index, DatabaseIndex)
     drop_database(url)
     with pytest.raises(ArtefactError, match="Nothing is loaded here"):
         Shelf(place, model, words=place.parent / "bm25", index=url, clock=lambda _: nullcontext())

@@ -148,6 +148,15 @@ def test_a_url_that_was_taken_for_a_path_is_the_url_again(scheme: str, parts: li
     assert str(find_place(f"zip://{parts[0]}::{name}") / "x") == f"zip://{parts[0]}/x::{name}"
 
 
+@pytest.mark.parametrize("url", ["http://me:topsecret@127.0.0.1:9/x", "zip://x::http://me:topsecret@127.0.0.1:9/x.zip"])
+def test_a_password_in_a_url_is_never_shown(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(find_place(url)) == url.replace("topsecret", "***")
+    with pytest.raises(SystemExit):
+        main(["check", url, "-o", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert "me:***@127.0.0.1" in said and "topsecret" not in said
+
+
 @pytest.mark.parametrize("name", ["data", "/data/x", "ir:", "a b/c", "x:y"])
 def test_what_is_no_url_is_a_path(name: str) -> None:
     assert find_place(name) == Path(name)

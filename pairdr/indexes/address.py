@@ -24,7 +24,7 @@ class Address:
     Attributes:
         scheme: postgresql, milvus or milvus-lite.
         target: what the engine's client takes: a URL of libpq, of gRPC, or a file. It may hold a password.
-        token: "user:password" for Milvus, or "".
+        token: "user:password" for Milvus, a token alone, or "".
         name: of what is loaded.
         shown: the URL without its password.
         secrets: passwords in it, as they are written and as they are meant.
@@ -60,9 +60,15 @@ def read_address(url: str) -> Address:
     """
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        if parts.scheme == "milvus":
+            _ = parts.port
     except ValueError as error:
         raise UsageError("This URL cannot be read.", remedy=f"Write {FORMS}.") from error
+    if "@" in parts.path + parts.query + parts.fragment:  # what stands before it may be half a password
+        raise UsageError(
+            "This URL cannot be read: there is an @ after its host.",
+            remedy="Write / ? # @ : within a password as %2F %3F %23 %40 %3A.",
+        )
     readers = {
         "postgresql": _read_postgres,
         "postgres": _read_postgres,
@@ -84,11 +90,12 @@ def read_address(url: str) -> Address:
 def _read_postgres(parts: SplitResult) -> Address:
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     name = options.pop("name", NAME)
-    target = parts._replace(scheme="postgresql", query=urlencode(options), fragment="").geturl()
     kept = {key: value for key, value in options.items() if key not in _SECRETS} | {"name": name}
-    shown = parts._replace(scheme="postgresql", netloc=_hide(parts), query=urlencode(kept, safe="/"), fragment="")
+    # Put together by hand: urllib drops the // of a URL without a host, and writes a space as +, which libpq keeps.
+    target = f"postgresql://{parts.netloc}{parts.path}?{urlencode(options, quote_via=quote)}"
+    shown = f"postgresql://{_hide(parts)}{parts.path}?{urlencode(kept, quote_via=quote, safe='/')}"
     secrets = [options[key] for key in _SECRETS if key in options]
-    return Address("postgresql", target, "", name, shown.geturl(), _list_secrets(parts, *secrets))
+    return Address("postgresql", target, "", name, shown, _list_secrets(parts, *secrets))
 
 
 def _read_milvus(parts: SplitResult) -> Address:
@@ -100,7 +107,8 @@ def _read_milvus(parts: SplitResult) -> Address:
         raise UsageError("This URL cannot be read.", path=shown, remedy="Write milvus://HOST:19530/NAME?secure=true.")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     target = f"{'https' if secure == 'true' else 'http'}://{host}:{parts.port or 19530}"
-    token = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}" if parts.username else ""
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    token = f"{user}:{password}" if user else password
     return Address("milvus", target, token, name, shown, _list_secrets(parts))
 
 

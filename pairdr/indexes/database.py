@@ -106,7 +106,7 @@ class DatabaseIndex(CandidateIndex):
             return
         load = self.database.find_load()
         facts = None if load is None else self.database.read_facts(load, fresh=False)
-        moved = load != self.load or facts is None or facts["revision"] != self.facts["revision"]
+        moved = facts is None or facts["revision"] != self.facts["revision"]
         if moved or not self._usable:
             self._follow()
         if not self._unsaid:
@@ -224,7 +224,7 @@ _opened: dict[str, Database] = {}
 _opening = threading.Lock()
 
 
-def stamp_database(url: str) -> object:
+def stamp_database(url: str) -> str | None:
     """Return what differs after something was loaded; None where nothing is.
 
     Raises:
@@ -236,7 +236,7 @@ def stamp_database(url: str) -> object:
         database = _opened[url]
         load = database.find_load()
         facts = None if load is None else database.read_facts(load, fresh=False)
-    return None if facts is None else (load, facts["revision"])
+    return None if facts is None else str(facts["revision"])
 
 
 def _has_all(held: Held, live: int, digest: str) -> bool:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from psycopg import Connection
     from psycopg.sql import Composed
 
+_PATIENCE, _PATIENCE_EACH = 5.0, 0.2  # seconds for an answer, and more for each question of a search
 _WIDTH = 100  # of the queue in which a graph's neighbours are looked for while it is built
 _MOST_SINGLE, _MOST_HALF = 2000, 4000  # dimensions of fp32 and of fp16 vectors that pgvector indexes
 _OPERATORS = {"cosine": ("<=>", "cosine_ops"), "dot": ("<#>", "ip_ops")}
@@ -67,7 +68,7 @@ class PostgresDatabase:
 
     def find_load(self) -> str | None:
         """Return the load that the name holds, or None."""
-        with self._ask() as connection:
+        with self._ask(within=_PATIENCE) as connection:
             found = _read_comment(connection, self.name)
         if found is None:
             self._published = None
@@ -122,7 +123,7 @@ class PostgresDatabase:
 
     def read_facts(self, load: str, *, fresh: bool = True) -> Facts | None:
         """Return the facts of a load, None where there are none yet."""
-        with self._ask() as connection:
+        with self._ask(within=_PATIENCE) as connection:
             found = _read_comment(connection, self._table(load))
         facts = {} if found is None else _read_facts(found[0])
         return facts if facts.get("load") == load and "format" in facts else None
@@ -134,7 +135,7 @@ class PostgresDatabase:
 
     def read_shards(self, load: str) -> list[Held]:
         """Return the notes of shards."""
-        with self._ask() as connection:
+        with self._ask(within=_PATIENCE) as connection:
             query = self._say("SELECT number, name, rows, kept, digest, whole FROM {shards} ORDER BY number", load)
             return [Held(*row) for row in connection.execute(query).fetchall()]
 
@@ -239,7 +240,8 @@ class PostgresDatabase:
             load,
         )
         texts = ["[" + ",".join(map(str, vector)) + "]" for vector in queries.tolist()]
-        with self._ask() as connection, connection.transaction():
+        seconds = _PATIENCE + _PATIENCE_EACH * len(queries)
+        with self._ask(within=seconds) as connection, connection.transaction():
             connection.execute(
                 "SELECT " + ", ".join(["set_config(%s, %s, true)"] * len(settings)),
                 [part for pair in settings.items() for part in pair],
@@ -297,7 +299,7 @@ class PostgresDatabase:
                 "to_regclass(%s)"
             )
             table = self._table(load)
-            with self._ask() as connection:
+            with self._ask(within=_PATIENCE) as connection:
                 row = connection.execute(query, (f'"{table}"',)).fetchone()
                 found = _read_comment(connection, table)
             facts = {} if found is None else _read_facts(found[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 _EXTENSION = "vector"
 _LEAST_VERSION = (0, 8)  # iterative scans
-_WAIT = 10  # seconds for a connection
+_WAIT = 5  # seconds for a connection
 
 
 class PostgresServer:
@@ -41,13 +43,18 @@ class PostgresServer:
             self._require_extension(connection)
 
     @contextmanager
-    def ask(self) -> Iterator[Connection[Any]]:
-        """Yield a connection that lives, and turn what the server says into errors of ours."""
+    def ask(self, within: float | None = None) -> Iterator[Connection[Any]]:
+        """Yield a connection that lives, and turn what the server says into errors of ours.
+
+        Args:
+            within: seconds for all that the block asks, past which the server counts as away.
+        """
         with self._lock:
             try:
                 if self._open is None or self._open.closed:
                     self._open = self._connect()
-                yield self._open
+                with _limit(self._open, within):
+                    yield self._open
             except self._psycopg.Error as error:
                 raise self._explain(error) from error
 
@@ -108,6 +115,23 @@ class PostgresServer:
         else:
             what, remedy = "The server refuses", "Look into its log"
         return ServerError(f"{what}: {said}.", path=self.place, remedy=f"{remedy}.")
+
+
+@contextmanager
+def _limit(connection: Connection[Any], seconds: float | None) -> Iterator[None]:
+    """Cut a connection where the block takes longer: a server that is frozen or out of reach says nothing."""
+    if seconds is None:
+        yield
+        return
+    with socket.socket(fileno=os.dup(connection.fileno())) as line:
+        timer = threading.Timer(seconds, line.shutdown, [socket.SHUT_RDWR])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
 
 def _first_line(error: BaseException) -> str:

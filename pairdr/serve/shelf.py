@@ -10,14 +10,14 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.config import ModelConfig
-from pairdr.errors import ArtefactError, BusyError, PairdrError, UsageError
+from pairdr.errors import ArtefactError, BusyError, PairdrError, ServerError, UsageError
 from pairdr.files import hash_json, hold_lock, replace_file
 from pairdr.indexes.address import is_url
 from pairdr.lexical import LexicalIndex, index_words
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 Clock = Callable[[str], AbstractContextManager[None]]
 """Measures the stage that its block is."""
 START = "start"
+AWAY = "away"
+"""Stands for an index in a database whose server does not answer."""
 
 
 class SharedEncoder:
@@ -99,6 +101,19 @@ class Snapshot:
         return f"{store.version}-{hash_json(parts)[:12]}"
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """What differs once something was published.
+
+    Attributes:
+        files: of the vectors, the model and the words.
+        index: names an approximate index; None is exact search.
+    """
+
+    files: object
+    index: str | None
+
+
 class Shelf:
     """All models that are served.
 
@@ -139,7 +154,7 @@ class Shelf:
         self._lock = threading.Lock()  # one reload at a time
         self._encoders: dict[str, tuple[object, SharedEncoder]] = {}
         self._snapshots: dict[str, Snapshot] = {}
-        self._stamps: dict[str, object] = {}
+        self._stamps: dict[str, Stamp] = {}
         self._refused: dict[str, tuple[object, str]] = {}
         chosen = self._choose_names(names)
         if writes and len(chosen) == 1:
@@ -147,7 +162,7 @@ class Shelf:
                 mend_words(self.find_parts(chosen[0]))
         for name in chosen:
             try:
-                self._stamps[name], self._snapshots[name] = self._open(name)
+                self._stamps[name], self._snapshots[name] = self._open(name, self.find_parts(name))
             except ArtefactError as error:
                 if names or not self._snapshots:
                     raise
@@ -203,18 +218,24 @@ class Shelf:
     def refresh(self) -> list[str]:
         """Open what was newly published, and return the models that changed.
 
-        A version that does not fit (new vectors whose words are not indexed yet, say) is left until it does.
+        A version that does not fit (new vectors whose words are not indexed yet, say) is left until it does. While the
+        server of a database is away, new vectors are searched exactly.
         """
         changed = []
         with self._lock:
             for name in self.names:
                 refused, stamp = self._refused.get(name), None
                 try:
-                    stamp = _stamp_parts(self.find_parts(name))
+                    parts, known = self.find_parts(name), self._stamps[name]
+                    stamp = _stamp_parts(parts)
                     if refused is not None and stamp == refused[0]:
                         continue
-                    if stamp != self._stamps[name]:
-                        self._stamps[name], self._snapshots[name] = self._open(name)
+                    is_away = stamp.index == AWAY
+                    if stamp.files != known.files or (stamp.index != known.index and not is_away):
+                        if is_away:
+                            say(f"pairdr: the database of {name} is away: its new version is searched exactly")
+                            parts = replace(parts, index=None)
+                        self._stamps[name], self._snapshots[name] = self._open(name, parts)
                         changed.append(name)
                     self._refused.pop(name, None)
                 except PairdrError as error:
@@ -238,9 +259,8 @@ class Shelf:
             )
         return there
 
-    def _open(self, name: str) -> tuple[object, Snapshot]:
-        parts = self.find_parts(name)
-        stamp, index = _stamp_parts(parts), _name_index(parts.index)  # first: what changes meanwhile is opened again
+    def _open(self, name: str, parts: Parts) -> tuple[Stamp, Snapshot]:
+        stamp = _stamp_parts(parts)  # before the parts are opened: what changes meanwhile is opened again
         encoder = self._open_encoder(parts)
         searcher = open_searcher(
             parts, encoder, reranker=self._reranker, device=self._model.device, workers=self._workers
@@ -250,7 +270,7 @@ class Shelf:
         # Loads what is loaded late, before anybody waits for it.
         searcher.search("a first question", k=1, rerank=0 if searcher.reranker is None else 1)
         widths = read_widths(parts.model or Path(self._model.start))
-        return stamp, Snapshot(name, searcher, encoder, widths, index)
+        return stamp, Snapshot(name, searcher, encoder, widths, stamp.index)
 
     def _open_encoder(self, parts: Parts) -> SharedEncoder:
         """Return the model, or the one that is open already where its folder has not changed."""
@@ -322,26 +342,22 @@ def _has_vectors(parts: Parts) -> bool:
     return all(folder is not None and (folder / MANIFEST).is_file() for folder in (parts.model, parts.vectors))
 
 
+def _stamp_parts(parts: Parts) -> Stamp:
+    folders = (parts.vectors, parts.model, parts.words)
+    files = tuple(None if folder is None else _stamp(folder / MANIFEST) for folder in folders)
+    return Stamp((replace(parts, index=None), files), _name_index(parts.index))
+
+
 def _name_index(index: str | Path | None) -> str | None:
-    if index is None:
-        return None
-    if is_url(index):
-        from pairdr.indexes.database import stamp_database
+    """Return what names an approximate index as it was built or loaded: AWAY where a server does not answer."""
+    if index is None or not is_url(index):
+        return None if index is None else read_manifest(Path(index)).fingerprint
+    from pairdr.indexes.database import stamp_database
 
-        return str(stamp_database(str(index)))
-    return read_manifest(Path(index)).fingerprint
-
-
-def _stamp_parts(parts: Parts) -> object:
-    folders = [parts.vectors, parts.model, parts.words]
-    loaded = None
-    if parts.index is not None and is_url(parts.index):
-        from pairdr.indexes.database import stamp_database
-
-        loaded = stamp_database(str(parts.index))
-    elif parts.index is not None:
-        folders.append(Path(parts.index))
-    return parts, [None if folder is None else _stamp(folder / MANIFEST) for folder in folders], loaded
+    try:
+        return stamp_database(str(index))
+    except ServerError:
+        return AWAY
 
 
 def _stamp(path: Path) -> object:
