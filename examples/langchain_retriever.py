@@ -44,7 +44,7 @@ class ServiceRetriever(BaseRetriever):
         headers = {"Content-Type": "application/json"}
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
-        with urlopen(Request(f"{self.url}/search", body, headers), timeout=60) as answer:
+        with urlopen(Request(f"{self.url.rstrip('/')}/search", body, headers), timeout=60) as answer:
             hits = json.load(answer)["results"][0]["hits"]
         return [make_document(hit["id"], hit["text"], hit["title"], hit["score"], hit["metadata"]) for hit in hits]
 

@@ -291,11 +291,13 @@ def _find_lines(folder: Place, name: str) -> Place | None:
 
 def _convert(inputs: dict[str, Place], staging: Staging, on_duplicate: OnDuplicate) -> None:
     """Turn the text files into memory-mapped tables."""
+    # Labels before their questions: a service may be writing both, questions first.
+    judged = {name.removesuffix("/qrels"): read_qrels(path) for name, path in inputs.items() if name.endswith("/qrels")}
 
     def read_queries() -> Iterator[tuple[int, list[str]]]:
-        for name, path in inputs.items():
-            if name == "queries" or name.endswith("/queries"):
-                yield from read_texts(path, QUERY_KEYS)
+        yield from read_texts(inputs["queries"], QUERY_KEYS)
+        for name, qrels in judged.items():
+            yield from (row for row in read_texts(inputs[f"{name}/queries"], QUERY_KEYS) if row[1][0] in qrels)
         for name, path in inputs.items():
             if name.startswith("unlabelled/") and isinstance(path, Path):
                 yield from ((line, [query_id, text]) for line, query_id, text in read_unlabelled(path))
@@ -307,9 +309,7 @@ def _convert(inputs: dict[str, Place], staging: Staging, on_duplicate: OnDuplica
         "query": write_table(staging.path, "queries", ("id", "text"), read_queries(), on_duplicate),
     }
     splits = {name.removeprefix("qrels/"): read_qrels(inputs[name]) for name in inputs if name.startswith("qrels/")}
-    labelled = [path for name, path in inputs.items() if name.startswith("labelled/") and path.suffix == ".tsv"]
-    more = map(read_qrels, labelled)
-    staging.facts["strangers"] = _add_labels(splits, more, TextTable(staging.path, "passages"))
+    staging.facts["strangers"] = _add_labels(splits, judged.values(), TextTable(staging.path, "passages"))
     for split, qrels in splits.items():
         write_qrels(staging.path / "qrels" / f"{split}.tsv", qrels)
     staging.facts["splits"] = list(splits)

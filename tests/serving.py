@@ -92,10 +92,11 @@ def make_place(folder: Path, corpus: Path, encoder: Encoder) -> Path:
     return folder / "v"
 
 
-def name_version(vectors: Path, words: Path | None = None) -> str:
-    """Return the version that a service of these vectors and words names."""
+def name_version(vectors: Path, words: Path | None = None, settings: Sequence[Any] = (None, "auto", 100, None)) -> str:
+    """Return the version that a service names: of vectors, words, and weights, mode, depth and reranker."""
     store, index = VectorStore(vectors), LexicalIndex(words or vectors.parent / "bm25")
-    return f"{store.version}-{hash_json([store.fingerprint, index.fingerprint, store.encoder, None])[:12]}"
+    parts = [store.fingerprint, index.fingerprint, store.encoder, *settings, None]
+    return f"{store.version}-{hash_json(parts)[:12]}"
 
 
 def read_rows(place: Path) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from serving import (
 from pairdr.artefact import read_manifest
 from pairdr.files import hold_lock
 from pairdr.lexical import LexicalIndex
+from pairdr.parts import find_parts
 from pairdr.records import Passage
 from pairdr.searcher import Searcher
 from pairdr.vectors import VectorStore
@@ -219,7 +220,7 @@ def test_an_index_answers_in_place_of_exact_search(kept: Path, toy_parts: Parts,
         ({"k": float("nan")}, "k: "),
         ({"mode": "fuzzy"}, "mode: "),
         ({"rerank": 1}, "rerank: "),
-        ({"depth": 3}, "depth: "),
+        ({"depth": 3}, "there is no field 'depth'."),
         ({"query": "half \ud800"}, "query: half a character"),
         ({"query": "a\u0000b"}, "query: "),
         ({"\ud800": 1}, ""),
@@ -305,7 +306,7 @@ def test_the_teacher_of_a_work_folder_reranks_what_is_found_but_no_other_texts(w
 DOCUMENTS: list[Any] = [
     "The market of Ashford is on Monday.",
     {"text": "The river is called the Lune.", "title": "A river"},
-    {"text": "pottery"},
+    {"text": "pottery", "id": "of the client"},
 ]
 
 
@@ -446,6 +447,11 @@ def test_openais_own_client_knows_our_errors(locked: Running) -> None:
 # --- models and settings ----------------------------------------------------------------------------------------------
 
 
+def read_settings(work: Path, name: str) -> tuple[Any, ...]:
+    parts = find_parts(work, system=name)
+    return parts.weights, parts.mode, parts.depth, read_manifest(parts.teacher).fingerprint
+
+
 def test_models_and_settings_say_what_is_served(worked: Running, work: Path) -> None:
     listed = worked.client.get("/v1/models").json()
     rows = [{"id": name, "object": "model", "created": 0, "owned_by": "pairdr"} for name in ("pair", "start")]
@@ -454,7 +460,7 @@ def test_models_and_settings_say_what_is_served(worked: Running, work: Path) -> 
     assert settings["models"] == [
         {
             "id": name,
-            "version": name_version(work / "vectors" / name, work / "bm25"),
+            "version": name_version(work / "vectors" / name, work / "bm25", read_settings(work, name)),
             "passages": 120,
             "dimensions": 32,
             "widths": widths,
@@ -521,7 +527,7 @@ def test_passages_are_found_as_soon_as_the_answer_is_there(written: Running, pla
         ("/passages", {"passages": [{"_id": "a", "text": "half \udfff"}]}, "passages.0.text: half a character"),
         ("/passages", {"passages": [{"_id": "a", "text": "nul \u0000"}]}, "passages.0.text: "),
         ("/passages", {"passages": [{"_id": "a", "text": "a", "title": "\u0000"}]}, "passages.0.title: "),
-        ("/passages", {"passages": [{"_id": "a", "text": "a", "more": 1}]}, "passages.0.more: "),
+        ("/passages", {"passages": [{"_id": "a", "text": "a", "more": 1}]}, "passages.0: there is no field 'more'."),
         ("/passages", {"passages": [{"_id": "a", "text": "a", "metadata": [1]}]}, "passages.0.metadata: "),
         ("/passages", {"passages": [{"_id": "a", "text": "a", "metadata": {"x": float("nan")}}]}, "metadata has a num"),
         ("/passages", {"passages": [{"_id": "a", "text": "a", "metadata": {"x": [-float("inf")]}}]}, "metadata has a"),

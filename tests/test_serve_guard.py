@@ -8,6 +8,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 from serving import (
     KEY,
     PATIENCE,
@@ -30,7 +32,7 @@ from serving import (
 )
 
 from pairdr.errors import UsageError
-from pairdr.serve import wire
+from pairdr.serve import forms, wire
 from pairdr.serve.guard import KEYS_VARIABLE, POLICY, Keys
 from pairdr.serve.measuring import Meters
 from pairdr.serve.run import bind_address, serve_app
@@ -255,6 +257,13 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: p
     assert "four" not in Keys.read(path)
 
 
+@pytest.mark.parametrize("content", ["", " , "])
+def test_a_variable_without_a_key_opens_nothing(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    monkeypatch.setenv(KEYS_VARIABLE, content)
+    with pytest.raises(UsageError, match=f"no key in {KEYS_VARIABLE}"):
+        Keys.read(None)
+
+
 @pytest.mark.parametrize("content", ["", "# nothing\n\n", "a key\n", "schlüssel\n", "tab\tkey\n", "\ufeffone\n"])
 def test_a_file_without_a_usable_key_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "keys"
@@ -294,6 +303,22 @@ def test_no_key_is_ever_said(
 def test_what_is_no_json_is_400_or_names_what_is_missing(asked: Running, content: bytes) -> None:
     answer = asked.client.post("/search", content=content, headers=JSON)
     check_error(answer, *((422, "invalid_value") if content == b"" else (400, "invalid_json")))
+
+
+@pytest.mark.parametrize(
+    ("form", "body"),
+    [
+        (forms.SearchForm, {"queries": [1] * 100}), (forms.SearchForm, {f"a{n}": 1 for n in range(100)}),
+        (forms.SearchForm, {"query": "a", "filters": [1] * 100}), (forms.EmbeddingForm, {"input": [1] * 100}),
+        (forms.RerankForm, {"query": "a", "documents": [{}] * 100}), (forms.UpsertForm, {"passages": [{}] * 100}),
+        (forms.DeleteForm, {"ids": [1] * 100}),
+    ],
+)  # fmt: skip
+def test_the_first_of_many_errors_is_enough(form: type[BaseModel], body: dict[str, Any]) -> None:
+    """To note millions would take the service half a minute, in which it answers nobody."""
+    with pytest.raises(ValidationError) as error:
+        form.model_validate(body)
+    assert error.value.error_count() <= 2  # and of a list that it was needed
 
 
 @pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'"a"', b"NaN", b"true", b"[{}]", b"{}"])
@@ -672,7 +697,9 @@ def test_other_sites_may_not_ask_unless_they_are_named(kept: Path, toy_parts: Pa
         assert allowed.headers["access-control-allow-origin"] == site
         assert "POST" in allowed.headers["access-control-allow-methods"]
         assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
-        assert client.get("/search?q=a", headers={"Origin": site}).headers["access-control-allow-origin"] == site
+        found = client.get("/search?q=a", headers={"Origin": site}).headers
+        assert found["access-control-allow-origin"] == site
+        assert found["access-control-expose-headers"] == "Retry-After"
         refused = client.request("OPTIONS", "/search", headers={"Origin": other, **preflight})
         assert refused.status_code == 400
         for answer in (refused, client.get("/search?q=a", headers={"Origin": other})):
@@ -791,6 +818,69 @@ def test_a_head_without_end_is_431(asked: Running) -> None:
     assert wire.MOST_HEAD == 65_536
     long = "a" * 15_000  # what fits is read
     assert asked.client.get(f"/search?q={long}").status_code == 200
+
+
+def read_answers(connection: socket.socket, count: int) -> list[bytes]:
+    """Return the bodies of some answers that come one after the other."""
+    found, bodies = b"", []
+    while len(bodies) < count:
+        data = connection.recv(65_536)
+        assert data, found
+        found += data
+        while b"\r\n\r\n" in found:
+            head, _, rest = found.partition(b"\r\n\r\n")
+            length = int(re.search(rb"content-length: (\d+)", head.lower())[1])  # type: ignore[index]
+            if len(rest) < length:
+                break
+            bodies.append(rest[:length])
+            found = rest[length:]
+    return bodies
+
+
+def connect(running: Running) -> socket.socket:
+    host, port = running.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), PATIENCE)
+
+
+POST = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def test_headers_after_a_body_are_read_over_and_have_an_end(asked: Running, locked: Running) -> None:
+    body = b'e\r\n{"query": "a"}\r\n0\r\n'
+    with connect(asked) as connection:
+        connection.sendall(CHUNKED + body + b"X-Sum: 1\r\nHost: elsewhere\r\n\r\n" + CHUNKED + body + b"\r\n")
+        assert [len(json.loads(answer)["results"]) for answer in read_answers(connection, 2)] == [1, 1]
+    for running in (asked, locked):  # of the second the answer, 401, is there before
+        for line in (b"a: b\r\n", b"a"):
+            with connect(running) as connection, pytest.raises(ConnectionError):
+                connection.sendall(CHUNKED + body)
+                for _ in range(1000):
+                    connection.sendall(line * 20_000)
+
+
+def test_requests_that_follow_each_other_at_once_are_both_answered(asked: Running) -> None:
+    long = json.dumps({"query": "a", "filters": ["kind=" + "b" * 5_000] * 30}).encode()
+    sent = POST + b"Content-Length: %d\r\n\r\n" % len(long) + long
+    with connect(asked) as connection:
+        connection.sendall(sent + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        first, second = read_answers(connection, 2)
+    assert (json.loads(first)["results"][0]["hits"], json.loads(second)) == ([], {"status": "ok"})
+
+
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
+def test_who_would_rather_speak_another_protocol_is_answered_in_this_one(asked: Running, offer: bytes) -> None:
+    """Clients of Java and curl offer HTTP/2 with every first request."""
+    body = b'{"query": "a", "k": 2}'
+    head = POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: " + offer + b"\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    with connect(asked) as connection:
+        for part in (head + b"Content-Length: %d\r\n\r\n" % len(body) + body[:5], body[5:]):
+            connection.sendall(part)
+            time.sleep(0.05)
+        connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        answers = [json.loads(answer) for answer in read_answers(connection, 2)]
+    assert [len(answer["results"][0]["hits"]) for answer in answers] == [2, 2]
+    assert exchange(asked.url, b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")[0] in (400, 405)
 
 
 @pytest.mark.parametrize("begun", [b"", b'{"query": ', b"2\r\n"])

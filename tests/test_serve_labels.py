@@ -67,6 +67,8 @@ def test_what_people_say_of_results_is_written_as_labels(kept: Path, toy_parts: 
         ("another 東京 🙂\twith\n lines", "calder-river"): 1,
     }
     assert read_labels(folder) == expected
+    asked = {text for _, (_, text) in read_texts(folder / "queries.jsonl", QUERY_KEYS)}
+    assert asked == {QUESTION, "another 東京 🙂\twith\n lines"}
     with run_service(kept, toy_parts.start, feedback=folder) as running:  # what is there is kept
         body = {"query": QUESTION, "passage_id": "calder-river", "relevant": None}
         assert running.client.post("/feedback", json=body).json() == {"labels": 2}

@@ -116,6 +116,7 @@ def create_app(
         allow_origins=config.cors_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["Authorization", "Content-Type"],
+        expose_headers=["Retry-After"],
     )
 
 

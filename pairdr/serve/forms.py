@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from pairdr.records import Passage
 from pairdr.store_config import Mode
@@ -51,6 +60,16 @@ class Form(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _forbid_others(cls, value: Any) -> Any:
+        """Refuse the first other field; pydantic would note every one of a body that has nothing else."""
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        other = next((name for name in value if name not in known), None) if isinstance(value, dict) else None
+        if other is not None:
+            raise ValueError(f"there is no field {str(other)[:100]!r}")
+        return value
+
 
 class OpenForm(BaseModel):
     """A body in another service's form: fields that mean nothing here are left alone."""
@@ -62,11 +81,13 @@ class SearchForm(Form):
     """One question, or several."""
 
     query: Text | None = Field(None, description="The question.")
-    queries: list[Text] | None = Field(None, description="Several questions, in place of one.", min_length=1)
+    queries: Annotated[list[Text], Field(fail_fast=True)] | None = Field(
+        None, description="Several questions, in place of one.", min_length=1
+    )
     k: int | None = Field(None, ge=1, description="Passages per question; unset: 10.")
     mode: Mode = Field("auto", description="auto is the model's own: what won on dev.")
     rerank: bool = Field(False, description="Let the reranker put the best passages into a new order.")
-    filters: list[Text] = Field(
+    filters: Annotated[list[Text], Field(fail_fast=True)] = Field(
         [], description="FIELD=VALUE of the metadata; a field that is named twice may have either value."
     )
     fold: bool = Field(False, description="Show passages with the same words once.")
@@ -120,7 +141,7 @@ class EmbeddingForm(OpenForm):
     """OpenAI's form, and which side the texts are of."""
 
     input: Annotated[
-        Annotated[Text, Tag("text")] | Annotated[list[Text], Field(min_length=1), Tag("texts")],
+        Annotated[Text, Tag("text")] | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("texts")],
         Discriminator(_name_input),
     ] = Field(description="A text, or several.")
     model: AnyText | None = Field(None, description="One of /v1/models; unset: the first.")
@@ -159,7 +180,7 @@ class EmbeddingAnswer(BaseModel):
     usage: Usage
 
 
-class Document(Form):
+class Document(OpenForm):
     """A text to be judged."""
 
     text: Text
@@ -174,8 +195,13 @@ class RerankForm(OpenForm):
     """Cohere's and Jina's form."""
 
     query: Text
-    documents: list[
-        Annotated[Annotated[Text, Tag("text")] | Annotated[Document, Tag("document")], Discriminator(_name_document)]
+    documents: Annotated[
+        list[
+            Annotated[
+                Annotated[Text, Tag("text")] | Annotated[Document, Tag("document")], Discriminator(_name_document)
+            ]
+        ],
+        Field(fail_fast=True),
     ] = Field(min_length=1)
     top_n: int | None = Field(None, ge=1)
     return_documents: bool = False
@@ -218,13 +244,13 @@ class PassageForm(Form):
 class UpsertForm(Form):
     """Passages that are new, or have another text."""
 
-    passages: list[PassageForm] = Field(min_length=1)
+    passages: Annotated[list[PassageForm], Field(fail_fast=True)] = Field(min_length=1)
 
 
 class DeleteForm(Form):
     """Ids of passages that go."""
 
-    ids: list[Id] = Field(min_length=1)
+    ids: Annotated[list[Id], Field(fail_fast=True)] = Field(min_length=1)
 
 
 class WriteAnswer(BaseModel):

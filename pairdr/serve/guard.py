@@ -52,10 +52,14 @@ class Keys:
         """Read keys of a file, one a line, or of the environment, with commas between; none: the service is open.
 
         Raises:
-            UsageError: there is no such file, it has no key, or a key that no header could carry.
+            UsageError: there is no such file, no key in it or in the variable, or a key that no header could carry.
         """
         if path is None:
-            return cls(_require_keys(os.environ.get(KEYS_VARIABLE, "").split(","), None))
+            given = os.environ.get(KEYS_VARIABLE)
+            keys = [] if given is None else _require_keys(given.split(","), None)
+            if given is not None and not keys:
+                raise UsageError(f"There is no key in {KEYS_VARIABLE}.", remedy="Unset it for an open service.")
+            return cls(keys)
         if not path.is_file():
             raise UsageError("There is no such file.", path=path, remedy="Check --api-keys.")
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -27,8 +27,8 @@ PREFIX = "feedback-"
 class Feedback:
     """Labels of found passages in a folder of their own: `queries.jsonl` and `qrels/train.tsv`.
 
-    Both are replaced as a whole, in an order in which a label's question is always there. Questions with the same words
-    are one.
+    Both are replaced as a whole, in an order in which a label's question is always there; questions whose labels were
+    taken back go when the service starts again. Questions with the same words are one.
 
     Args:
         folder: made where there is none; what it holds already is kept.
@@ -42,10 +42,11 @@ class Feedback:
         self._queries, self._qrels_file = folder / "queries.jsonl", folder / "qrels" / "train.tsv"
         self._lock, self._open = threading.Lock(), ExitStack()
         lines = read_texts(self._queries, QUERY_KEYS) if self._queries.is_file() else ()
-        self._texts = {query_id: text for _, (query_id, text) in lines}
+        asked = {query_id: text for _, (query_id, text) in lines}
         self._qrels: Qrels = read_qrels(self._qrels_file) if self._qrels_file.is_file() else {}
+        self._texts = {query_id: text for query_id, text in asked.items() if query_id in self._qrels}
         is_data = any((folder / f"corpus.jsonl{end}").exists() for end in ("", ".gz"))
-        if is_data or not all(query_id.startswith(PREFIX) for query_id in (*self._texts, *self._qrels)):
+        if is_data or not all(query_id.startswith(PREFIX) for query_id in (*asked, *self._qrels)):
             raise UsageError("Other data stand there.", path=folder, remedy="Choose a folder of its own for feedback.")
         self._qrels_file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -61,33 +62,28 @@ class Feedback:
         """
         query_id = PREFIX + hashlib.sha256(normalise_text(query).encode()).hexdigest()[:16]
         with self._lock:
-            known = self._qrels.get(query_id, {})
-            count = sum(map(len, self._qrels.values()))
+            judged = dict(self._qrels.get(query_id, {}))
             if relevant is None:
-                if passage_id in known:
-                    self._forget(query_id, passage_id)
-            elif passage_id not in known and count >= MOST_LABELS:
+                if judged.pop(passage_id, None) is None:
+                    return self._count()
+            elif passage_id not in judged and self._count() >= MOST_LABELS:
                 raise ApiError(409, "limit_exceeded", f"There are {MOST_LABELS} labels; train on them first.")
             else:
-                self._texts.setdefault(query_id, query)
-                self._qrels.setdefault(query_id, {})[passage_id] = int(relevant)
-                self._write_queries()
-                self._write_qrels()
-            return sum(map(len, self._qrels.values()))
+                judged[passage_id] = int(relevant)
+            self._write({query_id: query} | self._texts, self._qrels | {query_id: judged})
+            return self._count()
 
-    def _forget(self, query_id: str, passage_id: str) -> None:
-        del self._qrels[query_id][passage_id]
-        if not self._qrels[query_id]:
-            del self._qrels[query_id], self._texts[query_id]
-        self._write_qrels()
-        self._write_queries()
+    def _count(self) -> int:
+        return sum(map(len, self._qrels.values()))
 
-    def _write_queries(self) -> None:
-        lines = (json.dumps({"_id": key, "text": text}) + "\n" for key, text in self._texts.items())
+    def _write(self, texts: dict[str, str], qrels: Qrels) -> None:
+        """Write both files, and hold what they have once they have it."""
+        lines = (json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items())
         replace_file(self._queries, "".join(lines))
-
-    def _write_qrels(self) -> None:
-        replace_file(self._qrels_file, "".join(format_qrels(self._qrels)))
+        self._texts = texts
+        qrels = {query_id: judged for query_id, judged in qrels.items() if judged}
+        replace_file(self._qrels_file, "".join(format_qrels(qrels)))
+        self._qrels = qrels
 
     def close(self) -> None:
         """Let others write there."""

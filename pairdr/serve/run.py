@@ -86,7 +86,6 @@ def bind_address(config: ServeConfig) -> socket.socket:
     except UsageError:
         listener.close()
         raise
-    listener.set_inheritable(True)
     return listener
 
 

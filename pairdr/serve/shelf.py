@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pairdr.artefact import MANIFEST, read_manifest
 from pairdr.config import ModelConfig
@@ -84,21 +84,21 @@ class Snapshot:
         searcher: answers questions.
         encoder: makes vectors.
         widths: dimensions that a vector may be cut to.
-        index: names what an approximate index was built or loaded as; None is exact search.
+        settings: what else decides an answer, as JSON values.
     """
 
     name: str
     searcher: Searcher
     encoder: SharedEncoder
     widths: tuple[int, ...]
-    index: str | None = None
+    settings: list[Any]
 
     @cached_property
     def version(self) -> str:
-        """Return the number of the vectors' version, and a hash of all that answers: vectors, words, model, index."""
+        """Return the number of the vectors' version, and a hash of all that decides an answer."""
         store, words = self.searcher.store, self.searcher.words
-        parts = [store.fingerprint, None if words is None else words.fingerprint, self.encoder.fingerprint, self.index]
-        return f"{store.version}-{hash_json(parts)[:12]}"
+        parts = [store.fingerprint, None if words is None else words.fingerprint, self.encoder.fingerprint]
+        return f"{store.version}-{hash_json([*parts, *self.settings])[:12]}"
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class Shelf:
     ) -> None:
         self.place, self._model, self._clock = place, model, clock
         self._reranker: str | Teacher | None = reranker
+        self._reranker_name = reranker
         self._words, self._index = words, index
         self._workers = workers
         self._lock = threading.Lock()  # one reload at a time
@@ -270,7 +271,9 @@ class Shelf:
         # Loads what is loaded late, before anybody waits for it.
         searcher.search("a first question", k=1, rerank=0 if searcher.reranker is None else 1)
         widths = read_widths(parts.model or Path(self._model.start))
-        return stamp, Snapshot(name, searcher, encoder, widths, stamp.index)
+        judge = read_manifest(parts.teacher).fingerprint if self._reranker_name == TEACHER else self._reranker_name
+        settings = [parts.weights, parts.mode, parts.depth, judge, stamp.index]
+        return stamp, Snapshot(name, searcher, encoder, widths, settings)
 
     def _open_encoder(self, parts: Parts) -> SharedEncoder:
         """Return the model, or the one that is open already where its folder has not changed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from http import HTTPStatus
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pairdr.serve.failures import ApiError
@@ -20,6 +21,8 @@ class Protocol(HttpToolsProtocol):
     head_seconds = 10.0
     _timer: asyncio.TimerHandle | None = None
     _is_head = False
+    _is_trailer = False
+    _has_told = False
     _head = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -34,11 +37,17 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on; what belongs to no request under way has to become one in time."""
-        super().data_received(data)
-        if self._is_head:
-            self._head += len(data)
-            if self._head > MOST_HEAD:
-                self._refuse(ApiError(431, "head_too_large", f"A request's head may have at most {MOST_HEAD} bytes."))
+        self._unset_keepalive_if_required()
+        self._has_told = False
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as offer:
+            if self._offers_upgrade():
+                self._ignore_upgrade(data[offer.args[0] :])
+        except HttpParserError:
+            self._refuse(ApiError(400, "invalid_http", "This is no HTTP request."))
+        if (self._is_head or self._is_trailer) and not self._has_told:
+            self._count_head(len(data))  # a line that does not end
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
 
@@ -47,15 +56,60 @@ class Protocol(HttpToolsProtocol):
         self._is_head, self._head = True, 0
         super().on_message_begin()
 
-    def on_headers_complete(self) -> None:
-        """End it."""
-        self._is_head = False
-        self._forget_timer()
-        super().on_headers_complete()
+    def on_url(self, url: bytes) -> None:
+        """Read on in the first line."""
+        self._count_head(len(url))
+        super().on_url(url)
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP."""
-        self._refuse(ApiError(400, "invalid_http", "This is no HTTP request."))
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; one that follows a body is left alone."""
+        self._count_head(len(name) + len(value))
+        if not self._is_trailer:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """End the head."""
+        self._is_head = False
+        if not self._offers_upgrade():
+            self._forget_timer()
+            super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """Read a chunk's size: after the last one more headers may follow."""
+        self._is_trailer = True
+
+    def on_body(self, body: bytes) -> None:
+        """Read on in a body."""
+        self._is_trailer = False
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        self._is_trailer = False
+        if not self._offers_upgrade():
+            super().on_message_complete()
+
+    def _offers_upgrade(self) -> bool:
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read a request as HTTP/1.1 whose client would rather speak HTTP/2, as Java's and curl's do."""
+        offers = (b"upgrade", b"http2-settings")
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()]
+        for name, value in self.headers:
+            if name == b"connection":
+                kept = [part for part in value.split(b",") if part.strip().lower() not in offers]
+                lines += [b"connection: " + b",".join(kept)] if kept else []
+            elif name not in offers:
+                lines.append(name + b": " + value)
+        self.parser = HttpRequestParser(self)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+
+    def _count_head(self, count: int) -> None:
+        self._has_told = True
+        self._head += count
+        if self._head > MOST_HEAD:
+            self._refuse(ApiError(431, "head_too_large", f"A request's head may have at most {MOST_HEAD} bytes."))
 
     def _await_head(self) -> None:
         self._timer = self.loop.call_later(self.head_seconds, self._end_wait)
@@ -71,6 +125,9 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         if self.transport.is_closing():
+            return
+        if self._is_trailer or (self.cycle is not None and not self.cycle.response_complete):
+            self.transport.close()  # another answer is under way, or was given
             return
         body = error.to_bytes()
         headers = [

@@ -43,9 +43,10 @@ function openLink() {
 
 function readLink() {
   const link = new URLSearchParams(location.search);
+  const k = link.get("k") ?? String(DEFAULT_K);
   return {
     q: link.get("q") ?? "",
-    k: Number.parseInt(link.get("k") ?? DEFAULT_K, 10),
+    k: /^\d+$/.test(k) ? Number(k) : k,
     mode: link.get("mode") ?? "auto",
     model: link.get("model") ?? settings.models[0].id,
     against: link.get("against") ?? "",

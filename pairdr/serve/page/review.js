@@ -34,7 +34,7 @@ const filter = find("filter");
 let findings = [];
 let shown = []; // those that fitted the filter when it was set: a row that is marked stays, and can be gone back to
 let current;
-let saving = false;
+let saved = Promise.resolve();
 
 async function start() {
   clearProblem();
@@ -165,15 +165,18 @@ const marks = Object.entries(MARKS).map(([mark, key]) => {
   const name = mark ? mark[0].toUpperCase() + mark.slice(1) : "No mark";
   const button = element("button", { type: "button" }, `${name} `, element("kbd", { textContent: key }));
   button.setAttribute("aria-describedby", meaning.id);
-  button.addEventListener("click", () => save(current, mark));
+  button.addEventListener("click", () => markCurrent(mark));
   find("marks").append(element("div", {}, button, meaning));
   return { button, meaning, mark };
 });
 
+/** Mark what is shown once marks before this one are written: keys may come faster. */
+function markCurrent(mark) {
+  saved = saved.then(() => save(current, mark));
+}
+
 /** Write a mark to the audit, and go to the next finding without one. */
 async function save(finding, mark) {
-  if (saving) return;
-  saving = true;
   clearProblem();
   try {
     const { query_id, passage_id } = finding;
@@ -185,8 +188,6 @@ async function save(finding, mark) {
     find("status").textContent = mark ? `Marked: ${mark}.` : "The mark is taken away.";
   } catch (error) {
     showProblem(error, () => save(finding, mark));
-  } finally {
-    saving = false;
   }
 }
 
@@ -212,7 +213,7 @@ document.addEventListener("keydown", (event) => {
   if (target.type === "radio" && key.startsWith("Arrow")) return;
   const inList = find("rows").contains(target);
   const mark = Object.keys(MARKS).find((name) => MARKS[name] === key);
-  if (mark !== undefined) save(current, mark);
+  if (mark !== undefined) markCurrent(mark);
   else if (key === "n" || key === "ArrowRight" || (inList && key === "ArrowDown")) step(1);
   else if (key === "p" || key === "ArrowLeft" || (inList && key === "ArrowUp")) step(-1);
   else return;
