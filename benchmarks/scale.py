@@ -61,11 +61,11 @@ class Inputs:
     core_price: float | None = given(None, "of a core for an hour; unset: no prices")
     gpu_price: float | None = given(None, "of a GPU for an hour")
     # results.md, "Rates for a plan".
-    convert: float = given(8.9e6, "words/s that a core converts")
-    bm25_index: float = given(3.8e5, "words/s that a core indexes for BM25")
-    bm25_memory: float = given(38.0, "bytes a word that indexing them holds")
+    convert: float = given(8.4e6, "words/s that a core converts")
+    bm25_index: float = given(5.0e5, "words/s that a core indexes for BM25")
+    bm25_memory: float = given(36.0, "bytes a word that indexing them holds")
     bm25_disk: float = given(6.9, "bytes a word of that index")
-    bm25_search: float = given(7.8e7, "passages/s that BM25 scores for one question")
+    bm25_search: float = given(8.9e7, "passages/s that BM25 scores for one question")
     batch: float | None = given(None, "operations/s of a core in exact search of many queries; unset: by dtype")
     single: float | None = given(None, "GB/s of vectors that a machine looks at for one query; unset: by dtype")
     # results.md: "Encoding speed" (openvino-int8, torch), "Training speed" (GradCache, direct), two cores each.
@@ -81,14 +81,14 @@ class Inputs:
     gpu_encode: float | None = given(None, "tokens/s of a GPU, of your body; unset: derived")
     gpu_score: float | None = given(None, "tokens/s of a GPU; unset: derived")
     gpu_train: float | None = given(None, "tokens/s of a GPU; unset: derived")
-    milvus_load: float | None = given(None, "vectors/s that Milvus takes; unset: not shown")
-    pgvector_load: float | None = given(None, "vectors/s that PostgreSQL takes, its index built; unset: not shown")
+    # results.md, "Vectors in databases": server and loader on the same two cores.
+    milvus_load: float = given(125_292 / 33.4, "vectors/s that Milvus takes, of 384 dimensions")
+    pgvector_load: float = given(125_292 / 56.1, "vectors/s that PostgreSQL takes, likewise")
 
 
-# results.md: fp32 by "Exact search speed" (a million vectors, two cores, k = 100: 267.8 of 256 queries a second, 12.3
-# single ones), on a quiet machine; the others by "Rates for a plan", beside other work.
-BATCH = {"float32": 267.8 * 1e6 * 2 * 384 / 2, "float16": 5.3e10, "int8": 7.7e10}
-SINGLE = {"float32": 12.3 * 1e6 * 4 * 384 / GB, "float16": 0.38, "int8": 0.21}
+# results.md, "Rates for a plan".
+BATCH = {"float32": 1.13e11, "float16": 9.2e10, "int8": 1.04e11}
+SINGLE = {"float32": 23.3, "float16": 2.5, "int8": 2.5}
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ def print_search(count: int, inputs: Inputs) -> None:
         ("~pgvector, HNSW and table", 2 * 4 * i.dimensions + 6 * 2 * links + 64, i.pgvector_load),
     ):
         held = float(count * each)
-        hours = "" if load is None else f"   loading: {count / load / HOUR:,.1f} h"
-        print(f"  {name:28}{_say(held) + ('!' if held > i.memory * GB else ''):>11}{hours}")
+        mark = "!" if held > i.memory * GB else ""
+        print(f"  {name:28}{_say(held) + mark:>11}   loading: {count / load / HOUR:,.1f} h")
 
 
 def print_plan(count: int, inputs: Inputs) -> None:
