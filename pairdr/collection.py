@@ -292,7 +292,8 @@ def _find_lines(folder: Place, name: str) -> Place | None:
 def _convert(inputs: dict[str, Place], staging: Staging, on_duplicate: OnDuplicate) -> None:
     """Turn the text files into memory-mapped tables."""
     # Labels before their questions: a service may be writing both, questions first.
-    judged = {name.removesuffix("/qrels"): read_qrels(path) for name, path in inputs.items() if name.endswith("/qrels")}
+    added = [name.removesuffix("/qrels") for name in inputs if name.startswith("labelled/") and name.endswith("/qrels")]
+    judged = {name: read_qrels(inputs[f"{name}/qrels"]) for name in added}
 
     def read_queries() -> Iterator[tuple[int, list[str]]]:
         yield from read_texts(inputs["queries"], QUERY_KEYS)

@@ -18,7 +18,7 @@ from typing import IO, Any
 from pairdr.errors import DataError, MissingExtraError, PairdrError, UsageError
 
 _URL = re.compile(r"(?:^|(?<=::))([A-Za-z][A-Za-z0-9+.-]+):/+")
-_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
+_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):(?!:|\d+/)(?:(?!::)\S)*@")
 _STAMPS = ("ETag", "etag", "md5Hash", "CRC", "LastModified", "last_modified", "Last-Modified", "updated", "mtime")
 """What file systems of fsspec call the hash of a file, or the time when it was last changed."""
 _BUFFER = 2**20

@@ -358,6 +358,12 @@ def test_labelled_folders_join_the_training_questions(folder: Path, tmp_path: Pa
     assert found.passages_fingerprint == plain.passages_fingerprint
 
 
+def test_a_split_may_have_any_name(folder: Path) -> None:
+    (folder / "qrels" / "qrels.tsv").write_bytes((folder / "qrels" / "test.tsv").read_bytes())
+    found = open_collection(folder)
+    assert found.labels("qrels") == found.labels("test") != {}
+
+
 def test_a_labelled_folder_without_labels_or_questions_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"qrels/train\.tsv is missing"):
         open_collection(folder, DataConfig(labelled=(tmp_path / "feedback",)))

@@ -157,6 +157,17 @@ def test_a_password_in_a_url_is_never_shown(url: str, tmp_path: Path, capsys: py
     assert "me:***@127.0.0.1" in said and "topsecret" not in said
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("ftp://u:p@ss@host/x", "ftp://u:***@host/x"), ("ftp://u:pa/ss@host/x", "ftp://u:***@host/x"),
+        ("http://host:80/a@b", "http://host:80/a@b"), ("zip://a::http://h/x@y", "zip://a::http://h/x@y"),
+    ],
+)  # fmt: skip
+def test_odd_passwords_are_not_shown_either(url: str, shown: str) -> None:
+    assert str(find_place(url)) == shown
+
+
 @pytest.mark.parametrize("name", ["data", "/data/x", "ir:", "a b/c", "x:y"])
 def test_what_is_no_url_is_a_path(name: str) -> None:
     assert find_place(name) == Path(name)

@@ -859,6 +859,22 @@ def test_headers_after_a_body_are_read_over_and_have_an_end(asked: Running, lock
                     connection.sendall(line * 20_000)
 
 
+def test_what_comes_in_pieces_is_counted_once(asked: Running) -> None:
+    piece = b" " * 8190 + b"\r\n1ffe\r\n"  # of one chunk the end, of the next the size
+    with connect(asked) as connection:
+        connection.sendall(CHUNKED + b"1ffe\r\n")
+        for part in [piece] * 12 + [b" " * 8176 + b'{"query": "a"}\r\n0\r\n\r\n']:
+            connection.sendall(part)
+            time.sleep(0.01)
+        assert len(json.loads(read_answers(connection, 1)[0])["results"]) == 1
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nCookie: ")
+        for _ in range(40):
+            connection.sendall(b"c" * 1_448)
+            time.sleep(0.002)
+        connection.sendall(b"\r\n\r\n")
+        assert json.loads(read_answers(connection, 1)[0]) == {"status": "ok"}
+
+
 def test_requests_that_follow_each_other_at_once_are_both_answered(asked: Running) -> None:
     long = json.dumps({"query": "a", "filters": ["kind=" + "b" * 5_000] * 30}).encode()
     sent = POST + b"Content-Length: %d\r\n\r\n" % len(long) + long
@@ -880,6 +896,13 @@ def test_who_would_rather_speak_another_protocol_is_answered_in_this_one(asked: 
         connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         answers = [json.loads(answer) for answer in read_answers(connection, 2)]
     assert [len(answer["results"][0]["hits"]) for answer in answers] == [2, 2]
+    offers = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: " + offer + b"\r\n\r\n"
+    with connect(asked) as connection:
+        connection.sendall(offers * 1_200)
+        assert read_answers(connection, 1_200) == [b'{"status":"ok"}'] * 1_200
+    with connect(asked) as connection:
+        connection.sendall(offers.replace(b"Upgrade\r", b"Upgrade, close\r") + b"more")
+        assert read_answers(connection, 1) == [b'{"status":"ok"}']
     assert exchange(asked.url, b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")[0] in (400, 405)
 
 

@@ -51,6 +51,7 @@ class PostgresDatabase:
         self._ask = self._server.ask
         self._published: str | None = None
         self._forms: dict[str, _Form] = {}
+        self._is_loading = False
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -60,9 +61,11 @@ class PostgresDatabase:
             row = connection.execute("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", (key,)).fetchone()
         if row is None or not row[0]:
             raise BusyError(self.place)
+        self._is_loading = True
         try:
             yield
         finally:
+            self._is_loading = False
             with contextlib.suppress(ServerError), self._ask() as connection:
                 connection.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", (key,))
 
@@ -240,7 +243,8 @@ class PostgresDatabase:
             load,
         )
         texts = ["[" + ",".join(map(str, vector)) + "]" for vector in queries.tolist()]
-        seconds = _PATIENCE + _PATIENCE_EACH * len(queries)
+        # Nobody waits for the search that a load is tuned by, and a new graph may be slow.
+        seconds = None if self._is_loading else _PATIENCE + _PATIENCE_EACH * len(queries)
         with self._ask(within=seconds) as connection, connection.transaction():
             connection.execute(
                 "SELECT " + ", ".join(["set_config(%s, %s, true)"] * len(settings)),

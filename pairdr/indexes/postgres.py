@@ -8,7 +8,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pairdr.errors import MissingExtraError, ServerError
@@ -39,7 +39,7 @@ class PostgresServer:
         self._psycopg, self._address, self.place = psycopg, address, address.shown
         self._lock = threading.RLock()
         self._open: Connection[Any] | None = None
-        with self.ask() as connection:
+        with self.ask(within=_WAIT) as connection:
             self._require_extension(connection)
 
     @contextmanager
@@ -124,7 +124,7 @@ def _limit(connection: Connection[Any], seconds: float | None) -> Iterator[None]
         yield
         return
     with socket.socket(fileno=os.dup(connection.fileno())) as line:
-        timer = threading.Timer(seconds, line.shutdown, [socket.SHUT_RDWR])
+        timer = threading.Timer(seconds, _shut, [line])
         timer.daemon = True
         timer.start()
         try:
@@ -132,6 +132,11 @@ def _limit(connection: Connection[Any], seconds: float | None) -> Iterator[None]
         finally:
             timer.cancel()
             timer.join()
+
+
+def _shut(line: socket.socket) -> None:
+    with suppress(OSError):  # the other side may have
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ class Feedback:
     """Labels of found passages in a folder of their own: `queries.jsonl` and `qrels/train.tsv`.
 
     Both are replaced as a whole, in an order in which a label's question is always there; questions whose labels were
-    taken back go when the service starts again. Questions with the same words are one.
+    taken back go when the service starts again, or are too many. Questions with the same words are one.
 
     Args:
         folder: made where there is none; what it holds already is kept.
@@ -78,6 +78,8 @@ class Feedback:
 
     def _write(self, texts: dict[str, str], qrels: Qrels) -> None:
         """Write both files, and hold what they have once they have it."""
+        if len(texts) > MOST_LABELS:
+            texts = {query_id: text for query_id, text in texts.items() if qrels.get(query_id)}
         lines = (json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items())
         replace_file(self._queries, "".join(lines))
         self._texts = texts

@@ -23,7 +23,8 @@ class Protocol(HttpToolsProtocol):
     _is_head = False
     _is_trailer = False
     _has_told = False
-    _head = 0
+    _head = 0  # bytes of the lines that were read, and of one that has not ended
+    _unended = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a first request."""
@@ -38,22 +39,16 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read on; what belongs to no request under way has to become one in time."""
         self._unset_keepalive_if_required()
-        self._has_told = False
-        try:
-            self.parser.feed_data(data)
-        except HttpParserUpgrade as offer:
-            if self._offers_upgrade():
-                self._ignore_upgrade(data[offer.args[0] :])
-        except HttpParserError:
-            self._refuse(ApiError(400, "invalid_http", "This is no HTTP request."))
-        if (self._is_head or self._is_trailer) and not self._has_told:
-            self._count_head(len(data))  # a line that does not end
+        rest: bytes | None = data
+        while rest is not None:
+            rest = self._feed(rest)
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
 
     def on_message_begin(self) -> None:
         """Begin to read a head."""
-        self._is_head, self._head = True, 0
+        self._is_head = True
+        self._begin_count()
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -77,10 +72,11 @@ class Protocol(HttpToolsProtocol):
     def on_chunk_header(self) -> None:
         """Read a chunk's size: after the last one more headers may follow."""
         self._is_trailer = True
+        self._begin_count()
 
     def on_body(self, body: bytes) -> None:
         """Read on in a body."""
-        self._is_trailer = False
+        self._is_trailer, self._has_told = False, True
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -92,8 +88,23 @@ class Protocol(HttpToolsProtocol):
     def _offers_upgrade(self) -> bool:
         return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """Read a request as HTTP/1.1 whose client would rather speak HTTP/2, as Java's and curl's do."""
+    def _feed(self, data: bytes) -> bytes | None:
+        """Let the parser read; return what is to be read next, where it stopped at an offer of another protocol."""
+        self._has_told = False
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as offer:
+            if self._offers_upgrade():
+                return self._ignore_upgrade() + data[offer.args[0] :]
+        except HttpParserError:
+            self._refuse(ApiError(400, "invalid_http", "This is no HTTP request."))
+        if (self._is_head or self._is_trailer) and not self._has_told:
+            self._unended += len(data)
+            self._require_room()
+        return None
+
+    def _ignore_upgrade(self) -> bytes:
+        """Return a request's head without its offer, to be read anew; Java and curl offer HTTP/2."""
         offers = (b"upgrade", b"http2-settings")
         lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()]
         for name, value in self.headers:
@@ -103,12 +114,19 @@ class Protocol(HttpToolsProtocol):
             elif name not in offers:
                 lines.append(name + b": " + value)
         self.parser = HttpRequestParser(self)
-        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as that of every connection
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def _begin_count(self) -> None:
+        self._has_told, self._head, self._unended = True, 0, 0
 
     def _count_head(self, count: int) -> None:
-        self._has_told = True
+        self._has_told, self._unended = True, 0
         self._head += count
-        if self._head > MOST_HEAD:
+        self._require_room()
+
+    def _require_room(self) -> None:
+        if self._head + self._unended > MOST_HEAD:
             self._refuse(ApiError(431, "head_too_large", f"A request's head may have at most {MOST_HEAD} bytes."))
 
     def _await_head(self) -> None:
