@@ -17,6 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from pairdr import __version__
 from pairdr.serve import forms
@@ -319,12 +320,16 @@ def _add_errors(app: FastAPI) -> None:
         return _write(ApiError(422, "invalid_value", f"{place}: {what}." if place else f"{what}.").body, 422)
 
     @app.exception_handler(HTTPException)
-    async def answer_status(_: Request, error: HTTPException) -> Response:
+    async def answer_status(request: Request, error: HTTPException) -> Response:
         cause = error.__cause__  # a body that is too large or too slow fails where it is read
         found = cause if isinstance(cause, ApiError) else fail_status(error.status_code, str(error.detail))
         headers = found.headers | dict(error.headers or {})
         if found.status in (408, 413):
             headers["connection"] = "close"
+        if found.status == 405:  # the framework names those of one route, and a path may have more
+            path = request.url.path
+            methods = [route.methods or () for route in app.routes if isinstance(route, Route) and route.path == path]
+            headers["allow"] = ", ".join(sorted(set().union(*methods)))
         return _write(found.body, found.status, headers)
 
     @app.exception_handler(Exception)
