@@ -1,10 +1,11 @@
 """What pseudo labels add, and what the passage-centric loss: the protocol is docs/study.md.
 
-    PAIRDR_DATA=... python benchmarks/study.py run --work FOLDER [--cells main raw ...] [--hours 8]
-    python benchmarks/study.py report --work FOLDER [--cells ...]
+    PAIRDR_DATA=... python benchmarks/study.py run --work FOLDER [--cells main raw ...] [--hours 16]
+    python benchmarks/study.py report [--cells ...]
 
-`run` makes one run after the other, each in a file of its own, and goes on where it stopped; several processes with the
-same folder share the runs. None begins a further one once the processor hours of all runs reach --hours.
+`run` makes one run after the other, and goes on where it stopped; several processes with the same folder share the
+runs. None begins a further one once the processor hours of all runs reach --hours. What is found of a run is a small
+file in docs/study, which is committed: the work folder may be lost, or another machine go on.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
-from study_tables import print_tables
+import torch
+from study_tables import MEASURE, RANKS, print_tables
 
+from pairdr.artefact import read_manifest
 from pairdr.collection import Collection, open_collection
 from pairdr.config import (
     DataConfig,
@@ -37,7 +41,7 @@ from pairdr.config import (
     list_stages,
 )
 from pairdr.encode import encode_corpus
-from pairdr.encoder import DualEncoder
+from pairdr.encoder import HALF, DualEncoder
 from pairdr.files import hold_lock, replace_file
 from pairdr.formats import write_qrels
 from pairdr.lexical import LexicalIndex
@@ -47,19 +51,22 @@ from pairdr.progress import quiet_libraries, say
 from pairdr.records import Passage, Query, Run, positives_of
 from pairdr.search import rank_dense
 from pairdr.train import train_model
+from pairdr.watch import DevSample
 from pairdr.work import Work
 
 ARMS = ("labelled_only", "query_centric", "pair")
 SETS = ("en_qa_mix", "vaswani_npl", "cacm", "nq_small")
-MEASURES = ("RR@10", "nDCG@10", "R@100")
+MEASURES = (MEASURE, "nDCG@10", "R@100")
 QUERIES, DATA_SEED = 10_000, 13
 STEPS, BATCH, LAYERS = 300, 32, 3
 RATES, RATE_SEED = (5e-5, 1e-4, 3e-4), 1000
 TRIPLES = 2000
 MODEL = ModelConfig(start="minilm", layers=LAYERS, query_length=32, passage_length=96, device="cpu")
 TRAIN = TrainConfig(
-    dropout=0.0, per_device_train_batch_size=BATCH, eval_steps=10**6, eval_queries=1000, eval_passages=5000
+    dropout=0.0, per_device_train_batch_size=BATCH, bf16=True, eval_steps=10**6, eval_queries=100, eval_passages=500
 )
+DEV = replace(TRAIN, eval_queries=1000, eval_passages=5000, seed=RATE_SEED)
+RESULTS = Path(__file__).parents[1] / "docs" / "study"
 
 
 class Cell(NamedTuple):
@@ -126,8 +133,6 @@ def save_start(work: Work, folder: Path, kind: str, seed: int) -> Path:
     """Return the start model: that of the work folder, or one whose upper layers are drawn anew."""
     if kind == "tuned":
         return work.path("models", "start")
-    import torch
-
     place, bare = folder / "starts" / f"raw-{seed}", folder / "starts" / f"bare-{seed}"
     if not place.exists():
         tuned = DualEncoder.load(MODEL).model[0]
@@ -165,17 +170,16 @@ def make_run(
         HoursSpentError: it is not there, and the hours are spent.
         TakenError: it is not there yet.
     """
-    kind = "rates" if only_dev else "runs"
-    place = folder / kind / cell.name / f"{arm}-{seed}" / f"{rate:g}"
-    result = place.parent / f"{place.name}.json"
+    name = f"{cell.name}-{arm}-{seed}" + (f"-{rate:g}" if only_dev else "")
+    place, result = folder / "runs" / name, RESULTS / f"{name}.json"
     if not result.is_file():
-        if sum_hours(folder) >= hours:
+        if sum_hours() >= hours:
             raise HoursSpentError
         try:
             with hold_lock(place, wait=False):
                 with count_cost(place / "cost.json") as cost:
                     found = train_and_measure(folder, cell, arm, seed, rate, place, only_dev=only_dev)
-                replace_file(result, json.dumps(found | cost))
+                write_result(result, {"learning_rate": rate, **found, **cost})
                 shutil.rmtree(place)
         except BlockingIOError as error:
             raise TakenError from error
@@ -196,13 +200,49 @@ def train_and_measure(
     encoder = train_model(
         work.collection, work.path("examples"), start, stages, config, place / "model", device="cpu", max_steps=steps
     )
-    last = json.loads((place / "model" / "training.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    found: dict[str, Any] = {"dev": last["dev_RR@10"], "log": last}
-    if not only_dev:
-        found["sets"] = {name: measure_set(folder, encoder, name, place / "vectors") for name in SETS}
-        found["margins"] = measure_margins(work, encoder)
-        found["before"] = measure_before(work, start, folder)
-    return found
+    facts = read_manifest(place / "model", "model").facts
+    found = {"examples": read_manifest(work.path("examples"), "examples").fingerprint, "last": facts["summary"]}
+    with patch.dict(HALF, cpu=torch.bfloat16):
+        if only_dev:
+            return found | {"dev": DevSample(work.collection, DEV).measure(encoder)}
+        return found | measure_model(folder, work, encoder, place / "vectors", measure_before(work, start, folder))
+
+
+def measure_model(
+    folder: Path, work: Work, encoder: DualEncoder, vectors: Path, before: Mapping[str, Sequence[float]] | None
+) -> dict[str, Any]:
+    """Return what is measured of a model: all sets, and the relation that L_P asks for beside that of its start."""
+    values = {name: measure_set(folder, encoder, name, vectors / name) for name in SETS}
+    after = measure_margins(work, encoder)
+    return {
+        "sets": {name: pack_measures(found) for name, found in values.items()},
+        "relation": describe_relation(after if before is None else before, after, values[SETS[0]][MEASURE]),
+    }
+
+
+def pack_measures(values: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Return a set's measures in little room: RR@10 as the ranks of its queries, by id, the others as means."""
+    ranks = [0 if value == 0 else round(1 / value) for _, value in sorted(values[MEASURE].items())]
+    means = {name: round(float(np.mean(list(values[name].values()))), 6) for name in MEASURES[1:]}
+    return {"ranks": "".join(RANKS[rank] for rank in ranks), **means}
+
+
+def describe_relation(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], scores: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return how often s(q,p+) <= s(p+,p-), and RR@10 of the queries for which it was so before, and of the others."""
+    was = {query_id: own <= cross for query_id, (own, _, cross) in before.items()}
+    groups = {flag: [scores[q] for q in was if was[q] == flag] for flag in (True, False)}
+    return {
+        "triples": len(was),
+        "violated_before": float(np.mean(list(was.values()))),
+        "violated_after": float(np.mean([own <= cross for own, _, cross in after.values()])),
+        "means_before": np.mean(list(before.values()), axis=0).round(4).tolist(),
+        "means_after": np.mean(list(after.values()), axis=0).round(4).tolist(),
+        "scores": {
+            str(flag).lower(): round(float(np.mean(found)), 6) if found else None for flag, found in groups.items()
+        },
+    }
 
 
 @contextmanager
@@ -232,8 +272,7 @@ def measure_set(folder: Path, encoder: DualEncoder, name: str, place: Path) -> d
     ranked = {}
     for ids, hits in rank_dense(queries, encoder, store, SearchConfig(k=100)):
         ranked |= dict(zip(ids, hits, strict=True))
-    values = measure_run(Run.from_mapping(ranked), qrels, MEASURES)
-    return {measure: {q: round(value, 6) for q, value in found.items()} for measure, found in values.items()}
+    return measure_run(Run.from_mapping(ranked), qrels, MEASURES)
 
 
 def list_triples(work: Work) -> list[tuple[Query, Passage, Passage]]:
@@ -265,23 +304,22 @@ def measure_before(work: Work, start: Path, folder: Path) -> dict[str, list[floa
     place = folder / "before" / f"{work.folder.name}-{start.name}.json"
     if not place.is_file():
         place.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(place, json.dumps(measure_margins(work, DualEncoder.open(start, device="cpu"))))
+        with patch.dict(HALF, cpu=torch.bfloat16):
+            replace_file(place, json.dumps(measure_margins(work, DualEncoder.open(start, device="cpu"))))
     margins: dict[str, list[float]] = json.loads(place.read_text(encoding="utf-8"))
     return margins
 
 
 def measure_start(folder: Path) -> None:
-    """Measure the start itself, once."""
-    place = folder / "runs" / "start.json"
-    if place.is_file():
-        return
+    """Measure the start itself, once, unless another process does so."""
+    result = RESULTS / "start.json"
     work = prepare(folder, 0.5)
-    with hold_lock(place.with_suffix("")):
-        encoder = DualEncoder.open(work.path("models", "start"), device="cpu")
-        sets = {name: measure_set(folder, encoder, name, folder / "start-vectors") for name in SETS}
-        place.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(place, json.dumps({"sets": sets}))
-        shutil.rmtree(folder / "start-vectors")
+    with suppress(BlockingIOError), hold_lock(folder / "start", wait=False):
+        if not result.is_file():
+            encoder = DualEncoder.open(work.path("models", "start"), device="cpu")
+            with patch.dict(HALF, cpu=torch.bfloat16):
+                write_result(result, measure_model(folder, work, encoder, folder / "start", None))
+            shutil.rmtree(folder / "start")
 
 
 def choose_rate(folder: Path, cell: Cell, arm: str, hours: float) -> float:
@@ -302,38 +340,46 @@ def choose_rate(folder: Path, cell: Cell, arm: str, hours: float) -> float:
 
 def make_next(folder: Path, runs: list[tuple[Cell, int, str]], hours: float) -> bool:
     """Make the first run that is not there and that no other process makes; return whether there was one."""
-    before = len(list_results(folder))
+    before = len(list_results())
     for cell, seed, arm in runs:
         with suppress(TakenError):
             rate = choose_rate(folder, cell, arm, hours)
             make_run(folder, cell, arm, seed, rate, hours)
-        if len(list_results(folder)) > before:
+        if len(list_results()) > before:
             return True
     return False
 
 
-def list_results(folder: Path) -> list[Path]:
-    """Return the files of all runs, those for dev alone among them."""
-    return [place for kind in ("runs", "rates") for place in (folder / kind).glob("*/*/*.json")]
+def write_result(place: Path, found: dict[str, Any]) -> None:
+    """Write what was found of a run, a line for each thing."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(place, json.dumps(found, indent=1) + "\n")
 
 
-def sum_hours(folder: Path) -> float:
+def list_results() -> list[Path]:
+    """Return the files of all runs, those for dev alone and the start among them."""
+    return list(RESULTS.glob("*.json"))
+
+
+def sum_hours() -> float:
     """Return the processor hours that all runs have cost so far."""
-    return sum(json.loads(place.read_text(encoding="utf-8")).get("cpu_hours", 0.0) for place in list_results(folder))
+    return sum(json.loads(place.read_text(encoding="utf-8")).get("cpu_hours", 0.0) for place in list_results())
 
 
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="where runs are made")
     parser.add_argument("--cells", nargs="*", default=[cell.name for cell in CELLS])
     parser.add_argument("--hours", type=float, default=8.0 * (os.cpu_count() or 1), help="processor hours in all")
     options = parser.parse_args()
     cells = [cell for cell in CELLS if cell.name in options.cells]
     if options.what == "report":
-        print_tables(options.work, cells, CELLS[0])
+        print_tables(RESULTS, cells, CELLS[0])
         return
+    if options.work is None:
+        parser.error("run wants --work")
     quiet_libraries()
     measure_start(options.work)
     # Seed by seed, so that an unfinished cell has all arms of some seeds.

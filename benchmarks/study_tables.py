@@ -8,28 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pairdr.measures import compute_p_value
 from pairdr.table import say_p
 
 MEASURE, EQUAL = "RR@10", 0.5
+RANKS = "0123456789A"
+"""The first relevant passage's rank in one letter; 0: below ten."""
 PAIRS = (("query_centric", "labelled_only"), ("pair", "query_centric"), ("pair", "labelled_only"))
 Result = dict[str, Any]
 
 
 def read_results(folder: Path, cell: str, arm: str, seeds: Sequence[int]) -> dict[int, Result]:
     """Return the results of an arm's runs, by seed; those that were not made are missing."""
-    found = {}
-    for seed in seeds:
-        places = list((folder / "runs" / cell / f"{arm}-{seed}").glob("*.json"))
-        if places:
-            found[seed] = json.loads(places[0].read_text(encoding="utf-8")) | {"rate": places[0].stem}
-    return found
+    places = {seed: folder / f"{cell}-{arm}-{seed}.json" for seed in seeds}
+    return {seed: json.loads(place.read_text(encoding="utf-8")) for seed, place in places.items() if place.is_file()}
 
 
 def mean_points(result: Result, name: str, measure: str = MEASURE) -> float:
     """Return the mean of a measure over a set's queries, in points."""
-    return 100 * float(np.mean(list(result["sets"][name][measure].values())))
+    if measure == MEASURE:
+        return 100 * float(read_reciprocals(result, name).mean())
+    return 100 * float(result["sets"][name][measure])
+
+
+def read_reciprocals(result: Result, name: str) -> npt.NDArray[np.float64]:
+    """Return RR@10 of a set's queries, by id."""
+    ranks = np.array([RANKS.index(letter) for letter in result["sets"][name]["ranks"]], dtype=float)
+    return np.divide(1, ranks, out=np.zeros_like(ranks), where=ranks > 0)
 
 
 def compare_seeds(differences: Sequence[float]) -> tuple[float, float, float, float, float]:
@@ -58,7 +65,7 @@ def judge(mean: float, low: float, high: float, detectable: float) -> str:
 
 def print_tables(folder: Path, cells: Sequence[Any], main: Any) -> None:
     """Print every table of the study."""
-    start = json.loads((folder / "runs" / "start.json").read_text(encoding="utf-8"))
+    start = json.loads((folder / "start.json").read_text(encoding="utf-8"))
     sets = list(start["sets"])
     print(
         f"start{'':31}" + "".join(f"{name} {mean_points(start, name):.2f}   " for name in sets) + f"{MEASURE}, points"
@@ -78,7 +85,7 @@ def print_tables(folder: Path, cells: Sequence[Any], main: Any) -> None:
                 rivals.append((f"main {arm}", against[arm]))
             for title, rival in rivals:
                 print_difference(f"{arm} - {title}", results[arm], rival, sets)
-        print_relation(results, sets[0])
+        print_relation(results)
 
 
 def print_arm(cell: Any, arm: str, found: dict[int, Result], sets: Sequence[str]) -> None:
@@ -86,13 +93,13 @@ def print_arm(cell: Any, arm: str, found: dict[int, Result], sets: Sequence[str]
     if not found:
         print(f"{arm:16} not run")
         return
-    rates = {result["rate"] for result in found.values()}
+    rates = {f"{result['learning_rate']:g}" for result in found.values()}
     hours = sum(result["cpu_hours"] for result in found.values())
     missing = "" if len(found) == len(cell.seeds) else f", {len(cell.seeds) - len(found)} seeds not run"
     print(
         f"{arm:16} {len(found)} seeds{missing}, learning rate {', '.join(sorted(rates))}, {hours:.2f} processor hours"
     )
-    for measure in next(iter(found.values()))["sets"][sets[0]]:
+    for measure in (MEASURE, "nDCG@10", "R@100"):
         line = f"    {measure:8}"
         for name in sets:
             values = [mean_points(result, name, measure) for result in found.values()]
@@ -117,30 +124,22 @@ def print_difference(title: str, mine: dict[int, Result], theirs: dict[int, Resu
         )
 
 
-def print_relation(results: dict[str, dict[int, Result]], name: str) -> None:
+def print_relation(results: dict[str, dict[int, Result]]) -> None:
     """Print how often s(q,p+) <= s(p+,p-), and how the queries fare whose triple was so before training."""
     for arm, found in results.items():
-        if not found:
+        relations = [result["relation"] for result in found.values()]
+        if not relations:
             continue
-        parts = [[_find_violated(result[key]) for key in ("before", "margins")] for result in found.values()]
-        shares = np.mean([[np.mean(list(part.values())) for part in seed] for seed in parts], axis=0)
-        line = (
-            f"s(q,p+) <= s(p+,p-)  {arm:16} {shares[0]:.1%} of {len(parts[0][0])} triples before, {shares[1]:.1%} after"
-        )
-        for title, flag in (("violated before", True), ("others", False)):
-            means = []  # of each seed: every one may have a start of its own
-            for result, (before, _) in zip(found.values(), parts, strict=True):
-                scores = result["sets"][name][MEASURE]
-                means.append([100 * scores[q] for q, violated in before.items() if violated == flag and q in scores])
-            if all(means):
-                line += f"; {title} (about {len(means[0])}): {MEASURE} {np.mean([np.mean(m) for m in means]):.2f}"
+        shares = [np.mean([part[name] for part in relations]) for name in ("violated_before", "violated_after")]
+        line = f"s(q,p+) <= s(p+,p-)  {arm:16} {shares[0]:.1%} of {relations[0]['triples']} triples before, "
+        line += f"{shares[1]:.1%} after; {MEASURE} of those violated before and of the others"
+        for flag in ("true", "false"):
+            means = [part["scores"][flag] for part in relations if part["scores"][flag] is not None]
+            line += f" {100 * np.mean(means):.2f}" if means else " -"
         print(line)
 
 
-def _find_violated(margins: dict[str, list[float]]) -> dict[str, bool]:
-    return {query_id: own <= cross for query_id, (own, _, cross) in margins.items()}
-
-
 def _mean_queries(results: Sequence[Result], name: str) -> dict[str, float]:
-    values = [result["sets"][name][MEASURE] for result in results]
-    return {query_id: float(np.mean([value[query_id] for value in values])) for query_id in values[0]}
+    """Return RR@10 of every query, the mean over seeds."""
+    means = np.mean([read_reciprocals(result, name) for result in results], axis=0)
+    return {str(number): float(value) for number, value in enumerate(means)}
