@@ -15,16 +15,16 @@ import json
 import os
 import random
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
+from study_runs import RESULTS, HoursSpentError, TakenError, make_all, make_run, write_result
 from study_tables import MEASURE, RANKS, print_tables
 
 from pairdr.artefact import read_manifest
@@ -41,7 +41,7 @@ from pairdr.config import (
     list_stages,
 )
 from pairdr.encode import encode_corpus
-from pairdr.encoder import HALF, DualEncoder
+from pairdr.encoder import DualEncoder
 from pairdr.files import hold_lock, replace_file
 from pairdr.formats import write_qrels
 from pairdr.lexical import LexicalIndex
@@ -58,15 +58,14 @@ ARMS = ("labelled_only", "query_centric", "pair")
 SETS = ("en_qa_mix", "vaswani_npl", "cacm", "nq_small")
 MEASURES = (MEASURE, "nDCG@10", "R@100")
 QUERIES, DATA_SEED = 10_000, 13
-STEPS, BATCH, LAYERS = 300, 32, 3
-RATES, RATE_SEED = (5e-5, 1e-4, 3e-4), 1000
+STEPS, BATCH, LAYERS = 300, 16, 2
+RATES, RATE_SEED, RATE_STEPS = (1e-4, 3e-4, 1e-3), 1000, 150
 TRIPLES = 2000
-MODEL = ModelConfig(start="minilm", layers=LAYERS, query_length=32, passage_length=96, device="cpu")
+MODEL = ModelConfig(start="minilm", layers=LAYERS, query_length=32, passage_length=48, device="cpu")
 TRAIN = TrainConfig(
-    dropout=0.0, per_device_train_batch_size=BATCH, bf16=True, eval_steps=10**6, eval_queries=100, eval_passages=500
+    dropout=0.0, per_device_train_batch_size=BATCH, eval_steps=10**6, eval_queries=100, eval_passages=500
 )
 DEV = replace(TRAIN, eval_queries=1000, eval_passages=5000, seed=RATE_SEED)
-RESULTS = Path(__file__).parents[1] / "docs" / "study"
 
 
 class Cell(NamedTuple):
@@ -153,38 +152,16 @@ def make_stages(arm: str, cell: Cell, config: TrainConfig) -> tuple[StageConfig,
     return (stages[0], replace(stages[0], name="pair_again")) if cell.both_stages else stages
 
 
-class HoursSpentError(Exception):
-    """No further run is begun."""
-
-
-class TakenError(Exception):
-    """Another process makes this run."""
-
-
-def make_run(
+def find_run(
     folder: Path, cell: Cell, arm: str, seed: int, rate: float, hours: float, *, only_dev: bool = False
 ) -> dict[str, Any]:
-    """Train and measure one run, or read what was found.
-
-    Raises:
-        HoursSpentError: it is not there, and the hours are spent.
-        TakenError: it is not there yet.
-    """
+    """Make a run of a cell, or read what was found; raises as `make_run` does."""
     name = f"{cell.name}-{arm}-{seed}" + (f"-{rate:g}" if only_dev else "")
-    place, result = folder / "runs" / name, RESULTS / f"{name}.json"
-    if not result.is_file():
-        if sum_hours() >= hours:
-            raise HoursSpentError
-        try:
-            with hold_lock(place, wait=False):
-                with count_cost(place / "cost.json") as cost:
-                    found = train_and_measure(folder, cell, arm, seed, rate, place, only_dev=only_dev)
-                write_result(result, {"learning_rate": rate, **found, **cost})
-                shutil.rmtree(place)
-        except BlockingIOError as error:
-            raise TakenError from error
-    read: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return read
+
+    def make(place: Path) -> dict[str, Any]:
+        return train_and_measure(folder, cell, arm, seed, rate, place, only_dev=only_dev)
+
+    return make_run(RESULTS / f"{name}.json", folder / "runs" / name, make, hours)
 
 
 def train_and_measure(
@@ -195,17 +172,21 @@ def train_and_measure(
     work = prepare(folder, cell.hidden)
     config = replace(TRAIN, learning_rate=rate, seed=seed, **dict(cell.options))
     stages = make_stages(arm, cell, config)
-    steps = STEPS * BATCH // config.per_device_train_batch_size * (2 if len(stages) == 1 else 1)
+    rows = (RATE_STEPS if only_dev else STEPS) * BATCH
+    steps = rows // config.per_device_train_batch_size * (2 if len(stages) == 1 else 1)
     start = save_start(work, folder, cell.start, seed)
     encoder = train_model(
         work.collection, work.path("examples"), start, stages, config, place / "model", device="cpu", max_steps=steps
     )
     facts = read_manifest(place / "model", "model").facts
-    found = {"examples": read_manifest(work.path("examples"), "examples").fingerprint, "last": facts["summary"]}
-    with patch.dict(HALF, cpu=torch.bfloat16):
-        if only_dev:
-            return found | {"dev": DevSample(work.collection, DEV).measure(encoder)}
-        return found | measure_model(folder, work, encoder, place / "vectors", measure_before(work, start, folder))
+    found = {
+        "learning_rate": rate,
+        "examples": read_manifest(work.path("examples"), "examples").fingerprint,
+        "last": facts["summary"],
+    }
+    if only_dev:
+        return found | {"dev": DevSample(work.collection, DEV).measure(encoder)}
+    return found | measure_model(folder, work, encoder, place / "vectors", measure_before(work, start, folder))
 
 
 def measure_model(
@@ -245,19 +226,6 @@ def describe_relation(
     }
 
 
-@contextmanager
-def count_cost(place: Path) -> Iterator[dict[str, float]]:
-    """Yield what the block costs, in hours, and what it cost before where it was interrupted; known after it."""
-    cost = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {"cpu_hours": 0.0, "wall_hours": 0.0}
-    begin, wall = time.process_time(), time.time()
-    try:
-        yield cost
-    finally:
-        cost["cpu_hours"] += (time.process_time() - begin) / 3600
-        cost["wall_hours"] += (time.time() - wall) / 3600
-        replace_file(place, json.dumps(cost))
-
-
 def open_set(folder: Path, name: str) -> Collection:
     """Open a test set."""
     return open_collection(folder / "data" if name == SETS[0] else Path(os.environ["PAIRDR_DATA"]) / name)
@@ -275,10 +243,10 @@ def measure_set(folder: Path, encoder: DualEncoder, name: str, place: Path) -> d
     return measure_run(Run.from_mapping(ranked), qrels, MEASURES)
 
 
-def list_triples(work: Work) -> list[tuple[Query, Passage, Passage]]:
-    """Return test queries with a positive and BM25's best passage that is not relevant."""
+def list_triples(work: Work, split: str = "test") -> list[tuple[Query, Passage, Passage]]:
+    """Return up to 2,000 queries with a positive and BM25's best passage that is not relevant."""
     data, index = work.collection, LexicalIndex(work.path("bm25"))
-    qrels = data.qrels("test")
+    qrels = data.qrels(split)
     triples = []
     for query_id in sorted(random.Random(DATA_SEED).sample(sorted(qrels), min(TRIPLES, len(qrels)))):
         positives, query = positives_of(qrels, query_id), data.query(query_id)
@@ -304,8 +272,7 @@ def measure_before(work: Work, start: Path, folder: Path) -> dict[str, list[floa
     place = folder / "before" / f"{work.folder.name}-{start.name}.json"
     if not place.is_file():
         place.parent.mkdir(parents=True, exist_ok=True)
-        with patch.dict(HALF, cpu=torch.bfloat16):
-            replace_file(place, json.dumps(measure_margins(work, DualEncoder.open(start, device="cpu"))))
+        replace_file(place, json.dumps(measure_margins(work, DualEncoder.open(start, device="cpu"))))
     margins: dict[str, list[float]] = json.loads(place.read_text(encoding="utf-8"))
     return margins
 
@@ -317,8 +284,7 @@ def measure_start(folder: Path) -> None:
     with suppress(BlockingIOError), hold_lock(folder / "start", wait=False):
         if not result.is_file():
             encoder = DualEncoder.open(work.path("models", "start"), device="cpu")
-            with patch.dict(HALF, cpu=torch.bfloat16):
-                write_result(result, measure_model(folder, work, encoder, folder / "start", None))
+            write_result(result, measure_model(folder, work, encoder, folder / "start", None))
             shutil.rmtree(folder / "start")
 
 
@@ -332,38 +298,15 @@ def choose_rate(folder: Path, cell: Cell, arm: str, hours: float) -> float:
     found = {}
     for rate in RATES:
         with suppress(TakenError):
-            found[rate] = make_run(folder, judged, arm, RATE_SEED, rate, hours, only_dev=True)["dev"]
+            found[rate] = find_run(folder, judged, arm, RATE_SEED, rate, hours, only_dev=True)["dev"]
     if len(found) < len(RATES):
         raise TakenError
     return max(found, key=lambda rate: found[rate])
 
 
-def make_next(folder: Path, runs: list[tuple[Cell, int, str]], hours: float) -> bool:
-    """Make the first run that is not there and that no other process makes; return whether there was one."""
-    before = len(list_results())
-    for cell, seed, arm in runs:
-        with suppress(TakenError):
-            rate = choose_rate(folder, cell, arm, hours)
-            make_run(folder, cell, arm, seed, rate, hours)
-        if len(list_results()) > before:
-            return True
-    return False
-
-
-def write_result(place: Path, found: dict[str, Any]) -> None:
-    """Write what was found of a run, a line for each thing."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(place, json.dumps(found, indent=1) + "\n")
-
-
-def list_results() -> list[Path]:
-    """Return the files of all runs, those for dev alone and the start among them."""
-    return list(RESULTS.glob("*.json"))
-
-
-def sum_hours() -> float:
-    """Return the processor hours that all runs have cost so far."""
-    return sum(json.loads(place.read_text(encoding="utf-8")).get("cpu_hours", 0.0) for place in list_results())
+def find_best_run(folder: Path, cell: Cell, arm: str, seed: int, hours: float) -> dict[str, Any]:
+    """Make a run at its arm's learning rate, which is chosen before, or read what was found."""
+    return find_run(folder, cell, arm, seed, choose_rate(folder, cell, arm, hours), hours)
 
 
 def main() -> None:
@@ -383,10 +326,14 @@ def main() -> None:
     quiet_libraries()
     measure_start(options.work)
     # Seed by seed, so that an unfinished cell has all arms of some seeds.
-    runs = [(cell, seed, arm) for cell in cells for seed in cell.seeds for arm in cell.arms]
+    runs = [
+        partial(find_best_run, options.work, cell, arm, seed, options.hours)
+        for cell in cells
+        for seed in cell.seeds
+        for arm in cell.arms
+    ]
     try:
-        while make_next(options.work, runs, options.hours):
-            pass
+        make_all(RESULTS, runs)
     except HoursSpentError:
         say("the hours are spent")
 

@@ -1,0 +1,221 @@
+"""Where the passage-centric loss gains, or why it cannot: short runs, judged on dev. The protocol is docs/study.md.
+
+    PAIRDR_DATA=... python benchmarks/study_why.py run --work FOLDER [--probes base raw ...] [--hours 8]
+    python benchmarks/study_why.py report [--probes ...]
+
+The work folder is that of study.py, whose examples are used; what is found goes into docs/study/why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from study import BATCH, DATA_SEED, MODEL, TRAIN, list_triples, prepare, save_start
+from study_runs import RESULTS, HoursSpentError, make_all, make_run
+from study_tables import compare_seeds, judge
+
+from pairdr.config import StageConfig
+from pairdr.encoder import DualEncoder
+from pairdr.files import replace_file
+from pairdr.progress import quiet_libraries, say
+from pairdr.records import positives_of
+from pairdr.table import say_p
+from pairdr.train import train_model
+from pairdr.work import Work
+
+FOUND = RESULTS / "why"
+SEEDS, STEPS, RATE, PASSAGES = (1, 2, 3), 200, 3e-4, 5_000
+Floats = npt.NDArray[np.float64]
+
+
+class Probe(NamedTuple):
+    """A line of the protocol's second table."""
+
+    name: str
+    alphas: tuple[float, ...] = (0.0, 0.3)
+    start: str = "tuned"
+    temperature: float | None = None
+    sources: tuple[str, ...] = ("pseudo", "labelled")
+    steps: int = STEPS
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+PROBES = (
+    Probe("base", alphas=(0.0, 0.1, 0.3, 0.6, 1.0)),
+    Probe("raw", start="raw"),
+    Probe("labelled", sources=("labelled",)),
+    Probe("pseudo", sources=("pseudo",)),
+    Probe("plain", sources=("plain",)),
+    Probe("temperature_0.01", temperature=0.01),
+    Probe("temperature_0.2", temperature=0.2),
+    Probe("batch_4", steps=4 * STEPS, options=(("per_device_train_batch_size", BATCH // 4),)),
+    Probe("batch_64", steps=STEPS // 4, options=(("per_device_train_batch_size", 4 * BATCH), ("grad_cache", True))),
+    Probe("hard_all", options=(("passage_negatives", "hard_all"),)),
+    Probe("paper_schedule", options=(("lr_schedule", "paper"),)),
+    Probe("no_decay", options=(("weight_decay", 0.0),)),
+)
+
+
+class Dev:
+    """Dev queries, a triple of each, and a sample of passages that holds all theirs.
+
+    Attributes:
+        quarters: for each query, the quarter it is in by a property of its triple at the tuned start: `margin` is
+            s(q,p+) - s(p+,p-), `likeness` s(p+,p-); 0 is the smallest.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.triples = list_triples(work, "dev")
+        qrels, data = work.collection.qrels("dev"), work.collection
+        positives = [positives_of(qrels, query.query_id) for query, _, _ in self.triples]
+        drawn = random.Random(DATA_SEED).sample(range(len(data.passages)), PASSAGES)
+        needed = {p for row in positives for p in row} | {negative.passage_id for _, _, negative in self.triples}
+        ids = sorted(needed | {data.passages.id_of(row) for row in drawn})
+        places = {passage_id: place for place, passage_id in enumerate(ids)}
+        self.passages = [data.passage(passage_id) for passage_id in ids]
+        self.positives = [[places[p] for p in row] for row in positives]
+        self.pairs = np.array([[places[one.passage_id], places[two.passage_id]] for _, one, two in self.triples])
+        start = DualEncoder.open(work.path("models", "start"), device="cpu")
+        margin, likeness = self.compare(*self.encode(start))
+        self.quarters = {"margin": _rank_quarters(margin), "likeness": _rank_quarters(likeness)}
+
+    def encode(self, encoder: DualEncoder) -> tuple[Floats, Floats]:
+        """Return [Q, D] and [n, D]."""
+        queries = encoder.encode_queries([query.text for query, _, _ in self.triples])
+        return queries.astype(float), encoder.encode_passages(self.passages).astype(float)
+
+    def compare(self, queries: Floats, passages: Floats) -> tuple[Floats, Floats]:
+        """Return s(q,p+) - s(p+,p-) and s(p+,p-), [Q] each."""
+        positive, negative = passages[self.pairs[:, 0]], passages[self.pairs[:, 1]]
+        likeness = (positive * negative).sum(1)
+        return (queries * positive).sum(1) - likeness, likeness
+
+    def measure(self, encoder: DualEncoder) -> dict[str, Any]:
+        """Return RR@10 in points, over all and by quarters, and the share of triples that violate the relation."""
+        queries, passages = self.encode(encoder)
+        scores = queries @ passages.T  # [Q, n]
+        values = np.zeros(len(queries))
+        for row, positives in enumerate(self.positives):
+            rank = 1 + int((scores[row] > scores[row, positives].max()).sum())
+            values[row] = 100 / rank if rank <= 10 else 0
+        margin, _ = self.compare(queries, passages)
+        quarters = {
+            name: [float(values[quarter == at].mean()) for at in range(4)] for name, quarter in self.quarters.items()
+        }
+        return {"RR@10": float(values.mean()), "violated": float((margin <= 0).mean()), "quarters": quarters}
+
+
+def make_probe(
+    folder: Path, dev: Dev, work: Work, probe: Probe, alpha: float, seed: int, place: Path
+) -> dict[str, Any]:
+    """Train and measure one run in a folder of its own."""
+    say(f"{probe.name}, alpha {alpha:g}, seed {seed}")
+    config = replace(TRAIN, learning_rate=RATE, seed=seed, alpha=alpha or TRAIN.alpha, **dict(probe.options))
+    start = save_start(work, folder, probe.start, seed)
+    if probe.temperature is not None:
+        options = replace(MODEL, temperature=probe.temperature)
+        start = place / "start"
+        DualEncoder.load(options).save(start, options=options.as_dict(), inputs={})
+    stage = StageConfig("pair" if alpha else "query_centric", alpha, probe.sources)
+    examples, model = work.path("examples"), place / "model"
+    encoder = train_model(work.collection, examples, start, [stage], config, model, device="cpu", max_steps=probe.steps)
+    return dev.measure(encoder) | {"before": measure_start(folder, dev, start, probe, seed)}
+
+
+def measure_start(folder: Path, dev: Dev, start: Path, probe: Probe, seed: int) -> dict[str, Any]:
+    """Measure what a probe starts from, once for each start."""
+    place = folder / "dev" / f"{probe.start}-{seed if probe.start == 'raw' else 0}.json"
+    if not place.is_file():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(place, json.dumps(dev.measure(DualEncoder.open(start, device="cpu"))))
+    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    return found
+
+
+def print_probes(probes: Sequence[Probe]) -> None:
+    """Print, for each probe, RR@10 at every alpha, and the paired difference to alpha 0."""
+    for probe in probes:
+        found = {alpha: _read_runs(probe, alpha) for alpha in probe.alphas}
+        print(f"\n## {probe.name}")
+        starts = [run["before"] for run in found[0.0].values()]
+        if starts:
+            print(f"{'start':12}{_describe(starts)}")
+        for alpha, runs in found.items():
+            print(f"alpha {alpha:<6g}" + (_describe(list(runs.values())) if runs else "not run"))
+            if alpha and len(runs.keys() & found[0.0].keys()) > 1:
+                print_difference(runs, found[0.0])
+
+
+def print_difference(mine: dict[int, Any], theirs: dict[int, Any]) -> None:
+    """Print the paired difference over seeds, and by quarters of the queries."""
+    pairs = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+    mean, low, high, p_value, detectable = compare_seeds([one["RR@10"] - other["RR@10"] for one, other in pairs])
+    print(f"{'':12}{mean:+.2f} ({low:+.2f} to {high:+.2f}), {say_p(p_value)}: {judge(mean, low, high, detectable)}")
+    for name in ("margin", "likeness"):
+        parts = np.mean([np.subtract(one["quarters"][name], other["quarters"][name]) for one, other in pairs], axis=0)
+        print(f"{'':12}by {name} at the start, low to high: " + "  ".join(f"{part:+.2f}" for part in parts))
+
+
+def _describe(found: Sequence[dict[str, Any]]) -> str:
+    mean, violated = (np.mean([run[name] for run in found]) for name in ("RR@10", "violated"))
+    return f"RR@10 {mean:.2f}, violated {violated:.1%}, {len(found)} seeds"
+
+
+def _read_runs(probe: Probe, alpha: float) -> dict[int, Any]:
+    places = {seed: _name(probe, alpha, seed) for seed in SEEDS}
+    return {seed: json.loads(place.read_text(encoding="utf-8")) for seed, place in places.items() if place.is_file()}
+
+
+def _name(probe: Probe, alpha: float, seed: int) -> Path:
+    return FOUND / f"{probe.name}-{alpha:g}-{seed}.json"
+
+
+def _rank_quarters(values: Floats) -> npt.NDArray[np.int64]:
+    return 4 * values.argsort().argsort() // len(values)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--work", type=Path, help="where runs are made")
+    parser.add_argument("--probes", nargs="*", default=[probe.name for probe in PROBES])
+    parser.add_argument("--hours", type=float, default=8.0, help="processor hours in all")
+    options = parser.parse_args()
+    probes = [probe for probe in PROBES if probe.name in options.probes]
+    if options.what == "report":
+        print_probes(probes)
+        return
+    if options.work is None:
+        parser.error("run wants --work")
+    quiet_libraries()
+    work = prepare(options.work, 0.5)
+    dev = Dev(work)
+
+    def run(probe: Probe, alpha: float, seed: int) -> dict[str, Any]:
+        result = _name(probe, alpha, seed)
+        make = partial(make_probe, options.work, dev, work, probe, alpha, seed)
+        return make_run(result, options.work / "runs" / f"why-{result.stem}", make, options.hours)
+
+    try:
+        make_all(FOUND, [partial(run, *one) for one in list_runs(probes)])
+    except HoursSpentError:
+        say("the hours are spent")
+
+
+def list_runs(probes: Sequence[Probe]) -> list[tuple[Probe, float, int]]:
+    """Return the runs, probe by probe and seed by seed."""
+    return [(probe, alpha, seed) for probe in probes for seed in SEEDS for alpha in probe.alphas]
+
+
+if __name__ == "__main__":
+    main()
