@@ -57,7 +57,7 @@ from pairdr.work import Work
 ARMS = ("labelled_only", "query_centric", "pair")
 SETS = ("en_qa_mix", "vaswani_npl", "cacm", "nq_small")
 MEASURES = (MEASURE, "nDCG@10", "R@100")
-QUERIES, DATA_SEED = 10_000, 13
+QUERIES, PASSAGES, DATA_SEED = 10_000, 15_000, 13
 STEPS, BATCH, LAYERS = 300, 16, 2
 RATES, RATE_SEED, RATE_STEPS = (1e-4, 3e-4, 1e-3), 1000, 150
 TRIPLES = 2000
@@ -112,6 +112,25 @@ def write_sample(folder: Path) -> Path:
     return folder
 
 
+def write_test_set(folder: Path) -> Path:
+    """Write the test queries of en_qa_mix over a sample of its passages that holds all of theirs, once."""
+    place = folder / "test"
+    if not (place / "queries.jsonl").is_file():
+        data = open_collection(folder / "data")
+        qrels = data.labels("test")
+        needed = {passage_id for labels in qrels.values() for passage_id in labels}
+        others = sorted({data.passages.id_of(row) for row in range(len(data.passages))} - needed)
+        drawn = random.Random(DATA_SEED).sample(others, PASSAGES - len(needed))
+        (place / "qrels").mkdir(parents=True, exist_ok=True)
+        write_qrels(place / "qrels" / "test.tsv", qrels)
+        passages = [data.passage(passage_id) for passage_id in sorted({*needed, *drawn})]
+        lines = [json.dumps({"_id": one.passage_id, "title": one.title, "text": one.text}) for one in passages]
+        replace_file(place / "corpus.jsonl", "\n".join(lines) + "\n")
+        lines = [json.dumps({"_id": query_id, "text": data.query(query_id).text}) for query_id in qrels]
+        replace_file(place / "queries.jsonl", "\n".join(lines) + "\n")
+    return place
+
+
 def prepare(folder: Path, hidden: float) -> Work:
     """Mine, teach and label for a share of hidden labels, once, and return the work folder."""
     config = RunConfig(
@@ -123,6 +142,7 @@ def prepare(folder: Path, hidden: float) -> Work:
     )
     with hold_lock(folder):
         data = open_collection(write_sample(folder / "data"), config.data)
+        write_test_set(folder)
         work = Work(folder / f"prepared-{hidden:g}", data, config)
         run_steps(work, last="label")
     return work
@@ -228,7 +248,7 @@ def describe_relation(
 
 def open_set(folder: Path, name: str) -> Collection:
     """Open a test set."""
-    return open_collection(folder / "data" if name == SETS[0] else Path(os.environ["PAIRDR_DATA"]) / name)
+    return open_collection(folder / "test" if name == SETS[0] else Path(os.environ["PAIRDR_DATA"]) / name)
 
 
 def measure_set(folder: Path, encoder: DualEncoder, name: str, place: Path) -> dict[str, dict[str, float]]:
