@@ -1,6 +1,6 @@
 """What pseudo labels add, and what the passage-centric loss: the protocol is docs/study.md.
 
-    PAIRDR_DATA=... python benchmarks/study.py run --work FOLDER [--cells main raw ...] [--hours 16]
+    PAIRDR_DATA=... python benchmarks/study.py run --work FOLDER [--cells main raw ...] [--seeds 3] [--hours 16]
     python benchmarks/study.py report [--cells ...]
 
 `run` makes one run after the other, and goes on where it stopped; several processes with the same folder share the
@@ -38,6 +38,7 @@ from pairdr.config import (
     SearchConfig,
     StageConfig,
     TrainConfig,
+    WarmConfig,
     list_stages,
 )
 from pairdr.encode import encode_corpus
@@ -60,6 +61,7 @@ MEASURES = (MEASURE, "nDCG@10", "R@100")
 QUERIES, PASSAGES, DATA_SEED = 10_000, 15_000, 13
 STEPS, BATCH, LAYERS = 300, 16, 2
 RATES, RATE_SEED, RATE_STEPS = (1e-4, 3e-4, 1e-3), 1000, 150
+WARM_RATE = 3e-4
 TRIPLES = 2000
 MODEL = ModelConfig(start="minilm", layers=LAYERS, query_length=32, passage_length=48, device="cpu")
 TRAIN = TrainConfig(
@@ -78,10 +80,12 @@ class Cell(NamedTuple):
     hidden: float = 0.5
     options: tuple[tuple[str, Any], ...] = ()
     both_stages: bool = False
+    warm: bool = False
 
 
 CELLS = (
     Cell("main", seeds=(1, 2, 3, 4, 5)),
+    Cell("warm", ARMS[1:], warm=True),
     Cell("raw", start="raw"),
     Cell("few", hidden=0.95),
     Cell("large_batch", ARMS[1:], options=(("per_device_train_batch_size", 4 * BATCH), ("grad_cache", True))),
@@ -131,19 +135,26 @@ def write_test_set(folder: Path) -> Path:
     return place
 
 
-def prepare(folder: Path, hidden: float) -> Work:
-    """Mine, teach and label for a share of hidden labels, once, and return the work folder."""
+def prepare(folder: Path, hidden: float, *, warm: bool = False) -> Work:
+    """Mine, teach and label for a share of hidden labels, once, and return the work folder.
+
+    Args:
+        folder: of the study.
+        hidden: share of the labels.
+        warm: let the start be trained on the labels before it mines and teaches.
+    """
     config = RunConfig(
         data=DataConfig(hide_labels=hidden),
         model=MODEL,
+        warm=WarmConfig(warm="always" if warm else "auto", warm_steps=STEPS),
         mine=MineConfig(depth=100),
         label=LabelConfig(label_depth=20),
-        train=TRAIN,
+        train=replace(TRAIN, learning_rate=WARM_RATE),
     )
     with hold_lock(folder):
         data = open_collection(write_sample(folder / "data"), config.data)
         write_test_set(folder)
-        work = Work(folder / f"prepared-{hidden:g}", data, config)
+        work = Work(folder / f"prepared-{hidden:g}{'-warm' * warm}", data, config)
         run_steps(work, last="label")
     return work
 
@@ -189,7 +200,7 @@ def train_and_measure(
 ) -> dict[str, Any]:
     """Train one run in a folder of its own, and return what is measured of it."""
     say(f"{cell.name} {arm}, seed {seed}, learning rate {rate:g}{', for dev alone' if only_dev else ''}")
-    work = prepare(folder, cell.hidden)
+    work = prepare(folder, cell.hidden, warm=cell.warm)
     config = replace(TRAIN, learning_rate=rate, seed=seed, **dict(cell.options))
     stages = make_stages(arm, cell, config)
     rows = (RATE_STEPS if only_dev else STEPS) * BATCH
@@ -335,6 +346,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--work", type=Path, help="where runs are made")
     parser.add_argument("--cells", nargs="*", default=[cell.name for cell in CELLS])
+    parser.add_argument("--seeds", type=int, default=5, help="at most so many of a cell")
     parser.add_argument("--hours", type=float, default=8.0 * (os.cpu_count() or 1), help="processor hours in all")
     options = parser.parse_args()
     cells = [cell for cell in CELLS if cell.name in options.cells]
@@ -349,7 +361,7 @@ def main() -> None:
     runs = [
         partial(find_best_run, options.work, cell, arm, seed, options.hours)
         for cell in cells
-        for seed in cell.seeds
+        for seed in cell.seeds[: options.seeds]
         for arm in cell.arms
     ]
     try:
