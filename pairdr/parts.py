@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pairdr.artefact import MANIFEST, read_manifest
-from pairdr.backends import load_encoder, open_encoder
+from pairdr.backends import load_encoder, open_encoder, open_stand_in
 from pairdr.config import ModelConfig
 from pairdr.errors import ArtefactError
 from pairdr.indexes.address import is_url
@@ -48,8 +48,21 @@ class Parts:
     teacher: Path
 
     def open_encoder(self, model: ModelConfig) -> Encoder:
-        """Open what made the vectors: the model of a work folder, or the one that options name."""
-        return load_encoder(model) if self.model is None else open_encoder(self.model, model.device)
+        """Open what made the vectors: the model that options name, or that of a work folder, or an export of that.
+
+        Raises:
+            UsageError: options name what is no export of the work folder's model.
+        """
+        if self.model is None:
+            return load_encoder(model)
+        if names_start(model):
+            return open_stand_in(model.start, self.model, model.device)
+        return open_encoder(self.model, model.device)
+
+
+def names_start(model: ModelConfig) -> bool:
+    """Return whether options name a model."""
+    return model.start != ModelConfig().start
 
 
 def is_work_folder(place: Path) -> bool:

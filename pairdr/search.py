@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pairdr.artefact import publish
 from pairdr.config import SearchConfig
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from pairdr.lexical import LexicalIndex
 
 Blocks = Iterator[tuple[list[str], list[list[Scored]]]]
+Known = Mapping[str, npt.NDArray[np.float32]]
+"""Vectors [D] of questions, by their text."""
 
 
 def rank_dense(
@@ -33,6 +38,7 @@ def rank_dense(
     index: CandidateIndex | ShardedIndex | None = None,
     allowed: Allowed | None = None,
     filters: Filters | None = None,
+    known: Known | None = None,
 ) -> Blocks:
     """Yield blocks of query ids and their k best passages by vector, ties by (-score, id).
 
@@ -46,6 +52,7 @@ def rank_dense(
         index: an approximate one, or exact search by workers; None is exact search here.
         allowed: [N] rows that may be found; None is all.
         filters: what they were found by, for an index that can look it up itself.
+        known: vectors of all questions, where they were made before; None: they are made here.
 
     Raises:
         ArtefactError: the vectors were made by another model, prefix or length.
@@ -55,7 +62,8 @@ def rank_dense(
     alive = allowed if store.alive is None else store.alive if allowed is None else store.alive & allowed
     device = "cuda" if encoder.device == "cuda" else None
     for block in split_blocks(queries, config.query_block):
-        vectors = encoder.encode_queries([query.text for query in block])  # [Q, D]
+        texts = [query.text for query in block]
+        vectors = encoder.encode_queries(texts) if known is None else np.stack([known[text] for text in texts])
         rows, scores = (
             search_exact(vectors, store.read_raw(config.passage_block), store.id_rank, k, alive, device=device)
             if index is None
@@ -89,8 +97,9 @@ def write_search(
     total: int,
     inputs: dict[str, str],
     options: dict[str, object],
+    describe: Callable[[], dict[str, Any]] = dict,
 ) -> Run:
-    """Publish ranked blocks as `run.arrow` and TREC's `run.trec`."""
+    """Publish ranked blocks as `run.arrow` and TREC's `run.trec`; `describe` says at the end how it was searched."""
     with publish(output, "run", options=config.as_dict() | options, inputs=inputs) as staging:
         with show_progress("search", total) as advance, write_run(staging.path / "run.arrow") as add:
             for ids, ranked in blocks:
@@ -98,5 +107,5 @@ def write_search(
                 advance(len(ids))
         run = Run.open(staging.path / "run.arrow")
         write_trec_run(staging.path / "run.trec", run, Path(output).name)
-        staging.facts |= {"queries": len(run), "hits": run.count_hits()}
+        staging.facts |= {"queries": len(run), "hits": run.count_hits()} | describe()
     return Run.open(Path(output) / "run.arrow")

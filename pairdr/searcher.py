@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pairdr.indexes.exact import Allowed
 from pairdr.parts import TEACHER, Parts, find_parts
 from pairdr.progress import say
 from pairdr.records import Passage, Query, Run, Scored, split_blocks
-from pairdr.search import Blocks, rank_dense, rank_words
+from pairdr.search import Blocks, Known, rank_dense, rank_words
 from pairdr.store_config import QueryConfig, WorkersConfig
 from pairdr.vectors import VectorStore
 
@@ -91,6 +92,7 @@ class Searcher:
         self.store, self.words, self.config = store, words, config
         self._encoder, self._index, self._reranker, self._weights = encoder, index, reranker, weights
         self._matches: dict[tuple[str, tuple[str, ...]], Allowed] = {}
+        self._remembering = threading.Lock()
 
     @classmethod
     def open(
@@ -132,12 +134,14 @@ class Searcher:
         """
         return self.search_many([text], k, **options)[0]
 
-    def search_many(self, texts: Sequence[str], k: int = 10, **options: Any) -> list[list[Hit]]:
-        """Return the k best passages for each question, as `search`."""
+    def search_many(
+        self, texts: Sequence[str], k: int = 10, *, vectors: Known | None = None, **options: Any
+    ) -> list[list[Hit]]:
+        """Return the k best passages for each question, as `search`; with `vectors` of the questions none are made."""
         if not all(text.strip() for text in texts):
             raise UsageError("The question is empty.", remedy="Write one.")
         queries = [Query(str(number), text) for number, text in enumerate(texts)]
-        ranked = [hits for _, block in self.rank(queries, k, **options) for hits in block]
+        ranked = [hits for _, block in self.rank(queries, k, vectors=vectors, **options) for hits in block]
         return [[Hit(*hit, passage) for hit, passage in zip(hits, self._read(hits), strict=True)] for hits in ranked]
 
     def settle(self, **options: Any) -> QueryConfig:
@@ -157,22 +161,45 @@ class Searcher:
         """Return what reranks, or None."""
         return self._reranker
 
-    def rank(self, queries: Iterable[Query], k: int, **options: Any) -> Blocks:
+    def match_filters(self, **options: Any) -> None:
+        """Look up ahead which passages fit the filters of a search; those of the last few are remembered.
+
+        Args:
+            **options: of `QueryConfig`, those of the search.
+
+        Raises:
+            UsageError: what is no filter, or a field that no passage has.
+        """
+        self._choose_systems(self.settle(**options))
+
+    def describe_index(self, **options: Any) -> dict[str, Any]:
+        """Return by which index such questions were answered; nothing where exact search or words alone answered."""
+        if self._index is None or self.settle(**options).mode == "bm25":
+            return {}
+        return {"index": self._index.describe()}
+
+    def rank(self, queries: Iterable[Query], k: int, *, vectors: Known | None = None, **options: Any) -> Blocks:
         """Return blocks of query ids and their k best passages, for as many queries as there are.
 
         Args:
             queries: the questions.
             k: how many passages each.
+            vectors: of the questions, where they were made before.
             **options: of `QueryConfig`.
 
         Raises:
             UsageError: k below 1, or options that need a part that is not here.
         """
         config = self.settle(**options)
-        return self._rank_blocks(queries, SearchConfig(k=k), config, self._choose_systems(config))
+        return self._rank_blocks(queries, SearchConfig(k=k), config, self._choose_systems(config), vectors)
 
     def _rank_blocks(
-        self, queries: Iterable[Query], search: SearchConfig, config: QueryConfig, systems: Systems
+        self,
+        queries: Iterable[Query],
+        search: SearchConfig,
+        config: QueryConfig,
+        systems: Systems,
+        vectors: Known | None,
     ) -> Blocks:
         reranked = (RERANKED if self._reranker else 0) if config.rerank is None else config.rerank
         for block in split_blocks(queries, search.query_block):
@@ -180,7 +207,7 @@ class Searcher:
             ranked: list[list[Scored]] = [[] for _ in block]
             lacking: Sequence[int] = range(len(block))
             while lacking:
-                found = self._find([block[at] for at in lacking], depth, config, systems)
+                found = self._find([block[at] for at in lacking], depth, config, systems, vectors)
                 for at, hits in zip(lacking, found, strict=True):
                     ranked[at] = self._fold(hits) if config.fold else hits
                 pairs = zip(lacking, found, strict=True)  # of those with many copies, deeper passages are needed
@@ -190,7 +217,9 @@ class Searcher:
                 ranked = self._rerank(block, [hits[:wanted] for hits in ranked], self._reranker)
             yield [query.query_id for query in block], [hits[: search.k] for hits in ranked]
 
-    def _find(self, block: Sequence[Query], depth: int, config: QueryConfig, systems: Systems) -> list[list[Scored]]:
+    def _find(
+        self, block: Sequence[Query], depth: int, config: QueryConfig, systems: Systems, vectors: Known | None
+    ) -> list[list[Scored]]:
         """Return the best passages [Q][at most depth] of one system, or of several by fusion."""
         fused = len(systems) > 1
         search = SearchConfig(k=max(depth, config.depth) if fused else depth)
@@ -201,7 +230,14 @@ class Searcher:
             else:
                 filters = parse_filters(config.where) or None
                 blocks = rank_dense(
-                    block, self._encoder, self.store, search, index=self._index, allowed=rows, filters=filters
+                    block,
+                    self._encoder,
+                    self.store,
+                    search,
+                    index=self._index,
+                    allowed=rows,
+                    filters=filters,
+                    known=vectors,
                 )
             runs.append([hits for _, ranked in blocks for hits in ranked])
         if not fused:
@@ -250,12 +286,15 @@ class Searcher:
     def _match(self, system: str, where: tuple[str, ...]) -> Allowed:
         """Return which rows of a system pass, remembering the last filters."""
         key = system, where
-        if key not in self._matches:
-            if len(self._matches) >= KEPT_FILTERS:
-                self._matches.clear()
+        found = self._matches.get(key)
+        if found is None:
             source = self.words if system == "bm25" and self.words is not None else self.store
-            self._matches[key] = match_rows(source.metadata, parse_filters(where))
-        return self._matches[key]
+            found = match_rows(source.metadata, parse_filters(where))
+            with self._remembering:
+                if len(self._matches) >= KEPT_FILTERS:
+                    del self._matches[next(iter(self._matches))]  # the oldest
+                self._matches[key] = found
+        return found
 
 
 def open_searcher(

@@ -35,6 +35,8 @@ def serve(
 ) -> None:
     """Serve a search page and an API from a work folder, or from vectors and their model (--start).
 
+    Of a work folder, --start names an export of its model, which then answers in its place.
+
     Parameters
     ----------
     place
@@ -68,6 +70,7 @@ def serve(
             reranker=reranker,
             workers=workers,
             writes=len(keys) > 0,
+            batch_texts=options.batch_texts,
             clock=meters.clock,
         )
         service = Service(shelf, options, meters)

@@ -143,7 +143,7 @@ def run_service(
         words = place.parent / "bm25"
     model = ModelConfig(device="cpu") if start is None else ModelConfig(start=str(start), device="cpu")
     parts: dict[str, Any] = {"words": words, "index": index, "reranker": reranker}
-    shelf = Shelf(place, model, names, **parts, writes=bool(keys), clock=meters.clock)
+    shelf = Shelf(place, model, names, **parts, writes=bool(keys), batch_texts=config.batch_texts, clock=meters.clock)
     service = Service(shelf, config, meters)
     prepare(service)
     labels = None if feedback is None else Feedback(feedback)
@@ -241,6 +241,11 @@ def exchange(url: str, sent: bytes) -> tuple[int, dict[str, str], bytes]:
         with suppress(ConnectionError):
             while data := connection.recv(65_536):
                 found += data
+    return split_answer(found)
+
+
+def split_answer(found: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Return status, headers and body of an answer as it came."""
     head, _, body = found.partition(b"\r\n\r\n")
     line, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
@@ -272,7 +277,9 @@ class Process:
     """
 
     def __init__(self, place: Path, start: Path, *options: object, environment: Mapping[str, str] = {}) -> None:
-        arguments = [place, "--start", start, "--words", place.parent / "bm25", *options]
+        arguments = [place, "--start", start, *options]
+        if (place.parent / "bm25").is_dir():  # a work folder has its own
+            arguments += ["--words", place.parent / "bm25"]
         if "--port" not in arguments:
             arguments += ["--port", 0]
         self.child = subprocess.Popen(

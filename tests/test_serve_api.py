@@ -161,6 +161,25 @@ def test_several_questions_are_answered_in_order(asked: Running) -> None:
         assert list_ids(answer, row) == list_ids(asked.search(query=question, k=3))
 
 
+def test_several_questions_in_the_address_are_several_in_a_body(asked: Running) -> None:
+    questions = ["the museum of Ryde", QUESTION]
+    found = asked.client.get("/search", params={"q": questions, "k": 3}).json()
+    other = asked.client.post("/search", json={"queries": questions, "k": 3}).json()
+    assert found | {"milliseconds": 0} == other | {"milliseconds": 0}
+    assert [result["query"] for result in found["results"]] == questions
+    said = check_error(asked.client.get("/search?q=a&q=%20"), 422, "invalid_value")
+    assert said.startswith("q.1: ")
+
+
+@pytest.mark.parametrize("name", ["k", "mode", "rerank", "fold", "model"])
+def test_a_parameter_of_one_value_is_given_once(asked: Running, name: str) -> None:
+    """Of two values one would be left out, and nobody would notice."""
+    value = {"k": "3", "mode": "dense", "rerank": "false", "fold": "true", "model": "v"}[name]
+    assert asked.client.get(f"/search?q=a&{name}={value}").status_code == 200
+    said = check_error(asked.client.get(f"/search?q=a&{name}={value}&{name}={value}"), 422, "invalid_value")
+    assert said == f"{name} is given 2 times. Give it once."
+
+
 @pytest.mark.parametrize("mode", WAYS)
 def test_a_filter_leaves_what_fits(asked: Running, mode: str) -> None:
     both = asked.search(k=100, mode=mode, filters=["kind=river", "kind=market", "edition=1"])

@@ -132,7 +132,7 @@ def test_a_batch_that_is_not_full_waits_for_company_until_the_deadline(recorder:
     assert waited[0] >= 0.2  # the deadline is that of the oldest
 
 
-def test_a_request_is_never_parted_and_order_is_kept(recorder: Recorder) -> None:
+def test_a_request_that_fits_a_batch_is_not_parted_and_order_is_kept(recorder: Recorder) -> None:
     batcher = recorder.make(size=4)
 
     async def use() -> Any:
@@ -143,8 +143,45 @@ def test_a_request_is_never_parted_and_order_is_kept(recorder: Recorder) -> None
         return (await asyncio.gather(first, *tasks))[1:]
 
     assert run(batcher, use) == [[2, 4, 6], [8, 10], [12], [2 * item for item in range(9)]]
-    # [4, 5] would overfill the first batch; the last request is larger than any batch, and comes alone.
-    assert [items for _, items in recorder.calls[1:]] == [[1, 2, 3], [4, 5, 6], list(range(9))]
+    # [4, 5] would overfill the first batch; the last request is larger than any batch, and comes in parts.
+    assert [items for _, items in recorder.calls[1:]] == [[1, 2, 3], [4, 5, 6], [0, 1, 2, 3], [4, 5, 6, 7], [8]]
+
+
+def test_what_comes_meanwhile_is_computed_between_the_parts_of_a_large_request(recorder: Recorder) -> None:
+    batcher = recorder.make(size=2)
+
+    async def use() -> Any:
+        recorder.go.clear()
+        large = asyncio.create_task(submit(batcher, "large", list(range(6))))
+        await asyncio.to_thread(recorder.begun.wait, LONG)
+        assert batcher.waiting == 4  # its other parts have their room
+        small = [asyncio.create_task(submit(batcher, "small", [number])) for number in (7, 8, 9)]
+        await wait_until(lambda: batcher.waiting == 7)
+        recorder.go.set()
+        return await asyncio.gather(large, *small)
+
+    assert run(batcher, use) == [[0, 2, 4, 6, 8, 10], [14], [16], [18]]
+    assert [items for _, items in recorder.calls] == [[0, 1], [7, 8], [9], [2, 3], [4, 5]]
+    assert batcher.waiting == 0
+
+
+def test_a_large_request_that_is_given_up_leaves_all_of_its_room(recorder: Recorder) -> None:
+    batcher = recorder.make(size=2, room=6)
+
+    async def use() -> Any:
+        recorder.go.clear()
+        large = asyncio.create_task(submit(batcher, "large", list(range(6))))
+        await asyncio.to_thread(recorder.begun.wait, LONG)
+        with pytest.raises(ApiError):
+            await batcher.submit("small", [7, 8, 9])
+        large.cancel()
+        await asyncio.wait([large])
+        assert batcher.waiting == 0
+        recorder.go.set()
+        return await batcher.submit("small", [7, 8, 9])
+
+    assert run(batcher, use) == [14, 16, 18]
+    assert ("large", [2, 3]) not in recorder.calls
 
 
 def test_keys_are_computed_apart(recorder: Recorder) -> None:

@@ -6,11 +6,15 @@ import hmac
 import json
 import logging
 import re
+import shutil
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +35,7 @@ from serving import (
     wait_until,
 )
 
+from pairdr import searcher
 from pairdr.errors import UsageError
 from pairdr.serve import forms, wire
 from pairdr.serve.guard import KEYS_VARIABLE, POLICY, Keys
@@ -302,7 +307,8 @@ def test_no_key_is_ever_said(
 )
 def test_what_is_no_json_is_400_or_names_what_is_missing(asked: Running, content: bytes) -> None:
     answer = asked.client.post("/search", content=content, headers=JSON)
-    check_error(answer, *((422, "invalid_value") if content == b"" else (400, "invalid_json")))
+    said = check_error(answer, *((422, "invalid_value") if content == b"" else (400, "invalid_json")))
+    assert content == b"" or said == "The body is no JSON."
 
 
 @pytest.mark.parametrize(
@@ -347,7 +353,7 @@ def test_what_is_not_sent_as_json_is_415(asked: Running, kind: str | None) -> No
         ("OPTIONS", "/search", {"GET", "POST"}),
         ("OPTIONS", "/passages", {"POST"}),
         ("GET", "/v1/rerank", {"POST"}),
-        ("TRACE", "/health", {"GET"}),
+        ("TRACE", "/health", {"GET", "HEAD"}),
         ("PROPFIND", "/", {"GET", "HEAD"}),
         ("POST", "/settings", {"GET"}),
     ],
@@ -355,8 +361,8 @@ def test_what_is_not_sent_as_json_is_415(asked: Running, kind: str | None) -> No
 def test_other_methods_are_405_with_those_there_are(locked: Running, method: str, path: str, allowed: set[str]) -> None:
     answer = locked.client.request(method, path, headers={"Authorization": f"Bearer {KEY}", **JSON})
     assert answer.status_code == 405
-    found = {name.strip() for name in answer.headers["allow"].split(",")}
-    assert found == allowed
+    (line,) = answer.headers.get_list("allow")
+    assert {name.strip() for name in line.split(",")} == allowed
     if method != "HEAD":
         check_error(answer, 405, "method_not_allowed")
 
@@ -393,6 +399,13 @@ def test_a_page_is_answered_to_head_without_its_body(asked: Running) -> None:
     whole, head = asked.client.get("/"), asked.client.head("/")
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == str(len(whole.content))
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_load_balancers_may_ask_for_the_head(locked: Running, path: str) -> None:
+    answer = httpx.head(locked.url + path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    check_headers(answer)
 
 
 def test_limits_are_those_of_the_options_and_are_named(kept: Path, toy_parts: Parts) -> None:
@@ -451,6 +464,50 @@ def test_ten_thousand_texts_are_refused_and_harm_nobody(asked: Running) -> None:
         assert said.endswith("is 10000; this service allows at most 256.")
     check_error(asked.client.post("/search", json={"query": "a" * 3_000_000}), 422, "limit_exceeded")
     assert asked.search()["results"]
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_body_that_is_too_large_is_refused_in_words_however_it_is_sent(asked: Running, is_announced: bool) -> None:
+    """A client that sends all before it reads gets the answer, and not a reset."""
+    if is_announced:
+        sent = POST + b"Content-Length: 50000000\r\n\r\n" + b" " * 50_000_000
+    else:
+        sent = CHUNKED + (b"100000\r\n" + b" " * 2**20 + b"\r\n") * 50 + b"0\r\n\r\n"
+    for _ in range(3):
+        with connect(asked) as connection:
+            connection.sendall(sent)
+            answer = b""
+            while part := connection.recv(65_536):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_too_large"
+
+
+def test_a_client_of_the_library_is_told_that_its_body_is_too_large(asked: Running) -> None:
+    request = urllib.request.Request(f"{asked.url}/search", b" " * 20_000_000, JSON)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=PATIENCE)
+    with refused.value as answer:
+        assert (answer.code, json.load(answer)["error"]["code"]) == (413, "body_too_large")
+
+
+def test_the_rest_of_a_refused_body_is_read_no_longer_than_a_body_may_take(kept: Path, toy_parts: Parts) -> None:
+    with run_service(kept, toy_parts.start, body_seconds=0.3) as running, connect(running) as connection:
+        connection.sendall(POST + b"Content-Length: 50000000\r\n\r\n ")
+        begin = time.monotonic()
+        while connection.recv(65_536):
+            assert time.monotonic() - begin < PATIENCE
+        assert time.monotonic() - begin >= 0.2
+
+
+def test_the_head_that_is_refused_may_be_sent_to_its_end(asked: Running) -> None:
+    for _ in range(5):
+        with connect(asked) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: b\r\n" * 60_000)
+            answer = b""
+            while part := connection.recv(65_536):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 431 ")
 
 
 # --- queues and times -------------------------------------------------------------------------------------------------
@@ -517,7 +574,109 @@ def test_requests_meet_in_batches_of_the_options(kept: Path, toy_parts: Parts) -
         gate.batches.clear()
         running.client.post("/search", json={"queries": ["a", "b"], "mode": "dense"})
         running.client.post("/search", json={"queries": ["a", "b", "c"], "mode": "dense"})
-        assert [len(batch) for batch in gate.batches] == [2, 3]  # neither waited for more, nor was parted
+        assert [len(batch) for batch in gate.batches] == [2, 2, 1]  # none waited for more
+
+
+def test_questions_of_all_ways_of_searching_are_encoded_at_once(kept: Path, toy_parts: Parts) -> None:
+    """Whatever k, filters and mode they have."""
+    gate = Gate()
+    kinds = ("kind=river", "kind=market", "kind=museum")
+    ways: list[dict[str, Any]] = [
+        {"k": 1 + at % 7, "filters": [kinds[at % 3]], "mode": ("dense", "hybrid")[at % 2], "fold": at > 20}
+        for at in range(32)
+    ]
+    with run_service(kept, toy_parts.start, prepare=gate, batch_wait=0.0) as running, ThreadPoolExecutor(34) as pool:
+        first = ask(pool, running, "first")
+        assert gate.begun.wait(PATIENCE)
+        queue = 'pairdr_queue_texts{queue="texts"}'
+        futures = [ask(pool, running, f"river {number}", **way) for number, way in enumerate(ways)]
+        futures.append(ask(pool, running, "river 3", mode="bm25"))
+        wait_until(lambda: read_metrics(running.client)[queue] == 33)
+        gate.go.set()
+        answers = [future.result().json() for future in futures]
+        assert first.result().status_code == 200
+        assert [len(batch) for batch in gate.batches] == [1, 32]
+        for number, (way, answer) in enumerate(zip(ways, answers, strict=False)):
+            hits = answer["results"][0]["hits"]
+            alone = running.search(query=f"river {number}", **way)["results"][0]["hits"]
+            assert [hit["id"] for hit in hits] == [hit["id"] for hit in alone]
+            assert len(hits) == way["k"]
+            assert {f"kind={hit['metadata']['kind']}" for hit in hits} == set(way["filters"])
+
+
+def test_searches_come_between_the_parts_of_many_texts_to_embed(kept: Path, toy_parts: Parts) -> None:
+    gate = Gate()
+    texts = [f"text {number}" for number in range(200)]
+    with (
+        run_service(kept, toy_parts.start, prepare=gate, batch_texts=8, batch_wait=0.0) as running,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        body = {"input": texts, "input_type": "query"}
+        embedded = pool.submit(running.client.post, "/v1/embeddings", json=body)
+        assert gate.begun.wait(PATIENCE)
+        found = ask(pool, running, "meanwhile")
+        wait_until(lambda: read_metrics(running.client)['pairdr_queue_texts{queue="texts"}'] == 193)
+        gate.go.set()
+        assert found.result().status_code == 200
+        assert len(embedded.result().json()["data"]) == 200
+    assert gate.batches[:2] == [texts[:8], ["meanwhile"]]
+    assert max(map(len, gate.batches)) == 8
+
+
+def test_a_search_does_not_wait_for_all_passages_of_a_write(kept: Path, toy_parts: Parts, tmp_path: Path) -> None:
+    shutil.copytree(kept, tmp_path / "v")
+    said: list[str] = []
+    begun = threading.Event()
+
+    def slow_down(service: Service) -> None:
+        inside = service.shelf.take(None).encoder._encoder
+        encode_passages, encode_queries = inside.encode_passages, inside.encode_queries
+
+        def encode_slowly(passages: Any, tokens_per_batch: int | None = None) -> Any:
+            said.append(f"{len(passages)} passages")
+            begun.set()
+            time.sleep(0.1)
+            return encode_passages(passages, tokens_per_batch)
+
+        def note(texts: Any, tokens_per_batch: int | None = None) -> Any:
+            said.append("question")
+            return encode_queries(texts, tokens_per_batch)
+
+        inside.encode_passages, inside.encode_queries = encode_slowly, note  # type: ignore[method-assign]
+
+    rows = [{"_id": f"new{number}", "text": f"a text {number}"} for number in range(60)]
+    options: dict[str, Any] = {"keys": [KEY], "prepare": slow_down, "batch_texts": 4}
+    with run_service(tmp_path / "v", toy_parts.start, **options) as running, ThreadPoolExecutor(1) as pool:
+        written = pool.submit(running.client.post, "/passages", json={"passages": rows})
+        assert begun.wait(PATIENCE)
+        for _ in range(3):
+            running.search(mode="dense")
+        assert not written.done()
+        assert written.result().status_code == 200
+        assert len(running.search(query="a text 7", mode="dense", k=100)["results"][0]["hits"]) == 100
+    assert said.count("4 passages") == 15
+    assert said.index("question") <= 2
+
+
+def test_a_filter_that_takes_long_holds_up_nobody_else(
+    kept: Path, toy_parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    match_rows = searcher.match_rows
+
+    def match_late(*arguments: Any) -> Any:
+        begun.set()
+        assert go.wait(PATIENCE)
+        return match_rows(*arguments)
+
+    monkeypatch.setattr(searcher, "match_rows", match_late)
+    with run_service(kept, toy_parts.start) as running, ThreadPoolExecutor(1) as pool:
+        filtered = ask(pool, running, QUESTION, filters=["kind=river"])
+        assert begun.wait(PATIENCE)
+        assert running.search()["results"]
+        assert not filtered.done()
+        go.set()
+        assert filtered.result().status_code == 200
 
 
 def test_one_text_waits_for_company_as_long_as_the_option_says(kept: Path, toy_parts: Parts) -> None:
@@ -704,6 +863,10 @@ def test_other_sites_may_not_ask_unless_they_are_named(kept: Path, toy_parts: Pa
         assert refused.status_code == 400
         for answer in (refused, client.get("/search?q=a", headers={"Origin": other})):
             assert "access-control-allow-origin" not in answer.headers
+        for preflighted in (allowed, refused):
+            check_headers(preflighted)
+        foreign = {"Origin": site, "Host": "example.net", **preflight}
+        check_error(client.request("OPTIONS", "/search", headers=foreign), 421, "wrong_host")
         del client.headers["Authorization"]
         locked = client.get("/search?q=a", headers={"Origin": site})  # an error can be read there too
         check_error(locked, 401, "missing_key")
@@ -916,6 +1079,37 @@ def test_a_body_that_does_not_come_is_408(kept: Path, toy_parts: Parts, begun: b
         assert "within 0.3 seconds" in json.loads(body)["error"]["message"]
         assert headers["connection"] == "close"
         assert running.search()["results"]
+
+
+def test_a_client_that_does_not_read_its_answers_is_cut_off(kept: Path, toy_parts: Parts) -> None:
+    body = json.dumps({"queries": [QUESTION] * 20, "k": 100}).encode()
+    asked, count = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body, 40
+    with run_service(kept, toy_parts.start, request_seconds=1.0) as running:
+        whole = len(running.client.post("/search", content=body, headers=JSON).content)
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(PATIENCE)
+            connection.connect((host, int(port)))
+            connection.sendall(asked * count)
+            time.sleep(3.0)
+            found = 0
+            with suppress(ConnectionError):
+                while part := connection.recv(65_536):
+                    found += len(part)
+        assert 0 < found < 0.8 * whole * count
+        assert running.search()["results"]
+
+
+def test_a_client_that_reads_slowly_but_in_time_gets_all(kept: Path, toy_parts: Parts) -> None:
+    body = json.dumps({"queries": [QUESTION] * 20, "k": 100}).encode()
+    with run_service(kept, toy_parts.start) as running, connect(running) as connection:
+        connection.sendall(POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        answer = b""
+        while part := connection.recv(20_000):
+            answer += part
+            time.sleep(0.01)
+    assert len(json.loads(answer.partition(b"\r\n\r\n")[2])["results"]) == 20
 
 
 def test_the_meters_of_two_services_are_apart() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from serving import KEY, QUESTION, Running, check_error, make_place, run_service
 
 from pairdr.errors import DataError, UsageError
+from pairdr.files import hold_lock
 from pairdr.findings import KINDS, MARKS, Finding, read_audit, write_audit
 from pairdr.formats import QUERY_KEYS, read_qrels, read_texts
 from pairdr.serve import labels as labels_module
@@ -125,6 +126,32 @@ def test_two_services_do_not_write_to_one_folder(tmp_path: Path) -> None:
     second = Feedback(tmp_path)
     assert second.label("b", "p", True) == 2
     second.close()
+
+
+def test_what_a_service_writes_until_it_ends_is_known_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever gets the folder reads it after the one before has left it."""
+    first = Feedback(tmp_path)
+
+    def let_first_end(folder: Path, **options: Any) -> Any:
+        first.label("a", "p", True)
+        first.close()
+        return hold_lock(folder, **options)
+
+    monkeypatch.setattr(labels_module, "hold_lock", let_first_end)
+    second = Feedback(tmp_path)
+    assert second.label("b", "p", True) == 2
+    second.close()
+    assert len(read_labels(tmp_path)) == 2
+
+
+def test_a_folder_that_is_refused_is_held_no_longer(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").touch()
+    with pytest.raises(UsageError, match="Choose a folder of its own"):
+        Feedback(tmp_path)
+    with hold_lock(tmp_path, wait=False):
+        pass
 
 
 def test_other_data_are_not_written_to(tmp_path: Path) -> None:
@@ -260,6 +287,11 @@ def test_findings_are_listed_a_part_at_a_time(reviewed: Running) -> None:
     assert reviewed.client.get("/audit?kind=other").json()["total"] == 0
     for query in ("start=-1", "count=0", "count=1001", "unmarked=perhaps", "start=a"):
         check_error(reviewed.client.get(f"/audit?{query}"), 422, "invalid_value")
+
+
+@pytest.mark.parametrize("query", ["foo=1", "start=0&start=1", "kind=near_copy&kind=near_copy", "Count=3"])
+def test_parameters_of_the_list_that_mean_nothing_are_refused(reviewed: Running, query: str) -> None:
+    check_error(reviewed.client.get(f"/audit?{query}"), 422, "invalid_value")
 
 
 def test_a_mark_is_written_into_the_file_and_seen(reviewed: Running, audit: Path) -> None:

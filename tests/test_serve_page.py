@@ -581,6 +581,57 @@ def test_thumbs_are_written_and_taken_back(site: Site, labels: Path, browser: Br
             assert [vote.get_attribute("aria-pressed") for vote in votes] == pressed
 
 
+def test_a_second_click_on_a_thumb_takes_back_what_the_first_said(
+    site: Site, labels: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first one's request takes longer than that of the second."""
+    from pairdr.serve.labels import Feedback
+
+    label, arrived, asked = Feedback.label, threading.Event(), []
+
+    def label_late(self: Feedback, query: str, passage_id: str, relevant: bool | None) -> int:
+        asked.append(relevant)
+        if len(asked) == 1:
+            arrived.wait(1.0)  # until the second one overtakes it, if it does
+        count = label(self, query, passage_id, relevant)
+        arrived.set()
+        return count
+
+    monkeypatch.setattr(Feedback, "label", label_late)
+    browser.open(f"{site.url}/?q=museum&mode=bm25")
+    browser.wait(lambda: browser.texts(IDS))
+    browser.run("const thumb = document.querySelector('.vote'); thumb.click(); thumb.click()")
+    browser.wait_for("#status", "Noted: no judgement.")
+    browser.wait(lambda: len(asked) == 2)
+    assert asked == [True, None]
+    lines = (labels / "feedback" / "qrels" / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    assert not [line for line in lines if browser.texts(IDS)[0] in line]
+    assert browser.find(".vote").get_attribute("aria-pressed") == "false"
+
+
+def test_colours_follow_the_system(site: Site, browser: Browser) -> None:
+    script = "const style = getComputedStyle(arguments[0]); return [style.backgroundColor, style.color]"
+    for path, ready in (("/?q=river", ".hit"), ("/review", ".row"), ("/docs", ".call")):
+        browser.open(site.url + path)
+        browser.wait(lambda ready=ready: browser.texts(ready))
+        found = {}
+        for scheme in ("light", "dark"):
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            found[scheme] = [sum_colour(colour) for colour in browser.run(script, browser.find("body"))]
+        (light, dark_text), (dark, light_text) = found["light"], found["dark"]
+        assert light > 600 > 300 > dark_text, path
+        assert light_text > 450 > 300 > dark, path
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def sum_colour(colour: str) -> int:
+    """Return the sum of red, green and blue of a colour, without which it would be see-through."""
+    parts = [float(part) for part in re.findall(r"[\d.]+", colour)]
+    assert colour.startswith("rgb") and (len(parts) == 3 or parts[3] == 1), colour
+    return int(sum(parts[:3]))
+
+
 def test_thumbs_and_review_are_shown_where_they_are_on(locked: Site, site: Site, browser: Browser) -> None:
     browser.refused.add(401)
     for shown, url in ((True, site.url), (False, locked.url)):
@@ -680,6 +731,58 @@ def test_findings_are_marked_one_after_the_other(site: Site, audit: Path, browse
     browser.wait_for(".row .number")
     assert browser.texts("#marked") == ["2 of 2 findings marked"]
     assert not browser.find("#finding").is_displayed()
+
+
+def hold(browser: Browser, key: str, code: str, text: str) -> None:
+    """Press a key and hold it, as long as it repeats a dozen times."""
+    event = {"type": "keyDown", "key": key, "code": code, "text": text, "windowsVirtualKeyCode": ord(text.upper())}
+    for number in range(12):
+        browser.driver.execute_cdp_cmd("Input.dispatchKeyEvent", event | {"autoRepeat": number > 0})
+    browser.driver.execute_cdp_cmd("Input.dispatchKeyEvent", event | {"type": "keyUp"})
+
+
+@pytest.mark.parametrize("key", ["d", "Enter"])
+def test_a_key_that_is_held_marks_once(site: Site, audit: Path, browser: Browser, key: str) -> None:
+    browser.open(f"{site.url}/review")
+    browser.wait_for("#position", "1 of 4")
+    if key == "d":
+        hold(browser, "d", "KeyD", "d")
+    else:
+        browser.run("document.querySelector('#marks div:nth-child(3) button').focus()")
+        hold(browser, "Enter", "Enter", "\r")
+    browser.wait_for("#position", "2 of 4")
+    hold(browser, "n", "KeyN", "n")  # to go on is no mark
+    browser.wait_for("#position", "4 of 4")
+    assert [finding.mark for finding in read_audit(audit)] == ["drop", "", "", ""]
+
+
+def test_marks_that_wait_for_one_that_fails_are_dropped(
+    site: Site, audit: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were meant for findings that were not shown."""
+    from pairdr.serve.failures import ApiError
+    from pairdr.serve.labels import Review
+
+    mark, asked, pressed = Review.mark, [], threading.Event()
+
+    def mark_late(self: Review, query_id: str, passage_id: str, value: str) -> dict[str, Any]:
+        asked.append((query_id, value))
+        if len(asked) == 1:
+            assert pressed.wait(SECONDS)
+            raise ApiError(503, "later", "Not now.")
+        return mark(self, query_id, passage_id, value)
+
+    monkeypatch.setattr(Review, "mark", mark_late)
+    browser.refused.add(503)
+    browser.open(f"{site.url}/review")
+    browser.wait_for("#position", "1 of 4")
+    browser.press("a", "d", "r")
+    pressed.set()
+    browser.wait_for("#problem p", "Not now.")
+    browser.find("#problem button").click()
+    browser.wait_for("#position", "2 of 4")
+    assert asked == [("q1", "accept")] * 2
+    assert [finding.mark for finding in read_audit(audit)] == ["accept", "", "", ""]
 
 
 def test_a_finding_that_is_gone_is_said(site: Site, audit: Path, browser: Browser) -> None:

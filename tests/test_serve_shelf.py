@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from manifests import rewrite_manifest
 from serving import QUESTION, make_place, make_work, mark_edition, name_version, read_rows
 
 from pairdr.artefact import MANIFEST, read_manifest
+from pairdr.backends.exported import ExportedEncoder
 from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig
 from pairdr.encode import upsert_passages
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, BusyError, UsageError
+from pairdr.export import export_model
 from pairdr.files import hold_lock
 from pairdr.formats import format_metadata
 from pairdr.index import build_index
@@ -30,7 +34,8 @@ from pairdr.serve import shelf as shelf_module
 from pairdr.serve.failures import ApiError
 from pairdr.serve.measuring import Meters
 from pairdr.serve.service import Service
-from pairdr.serve.shelf import SharedEncoder, Shelf, Snapshot, follow_words, mend_words, read_widths
+from pairdr.serve.sharing import SharedEncoder
+from pairdr.serve.shelf import Shelf, Snapshot, follow_words, mend_words, read_widths
 from pairdr.store_config import IndexConfig, ServeConfig
 from pairdr.vectors import VectorStore
 from pairdr.versions import delete_passages
@@ -371,6 +376,41 @@ def test_a_start_that_no_longer_fits_the_words_is_left_out(work: Path, tmp_path:
         Shelf(copy, ModelConfig(device="cpu"), ["pair", "start"], clock=no_clock)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, work: Path) -> Path:
+    """Return the trained model of the work folder, exported for onnxruntime."""
+    folder = tmp_path_factory.mktemp("exported") / "pair"
+    export_model(work / "models" / "pair", folder, to="onnx")
+    return folder
+
+
+def test_an_export_stands_for_the_model_of_a_work_folder(work: Path, exported: Path) -> None:
+    model = ModelConfig(start=str(exported), device="cpu")
+    shelf = Shelf(work, model, clock=no_clock)
+    assert shelf.names == ["pair"]  # it is no export of the start
+    snapshot, trained = shelf.take(None), Shelf(work, ModelConfig(device="cpu"), ["pair"], clock=no_clock).take(None)
+    assert isinstance(snapshot.encoder._encoder, ExportedEncoder)
+    texts = ["the river of Ashford", "a text"]
+    expected = trained.encoder.encode_queries(texts)
+    assert snapshot.encoder.encode_queries(texts) == pytest.approx(expected, abs=1e-5)
+    found, other = (s.searcher.search(QUESTION, 5, mode="dense") for s in (snapshot, trained))
+    assert [hit.passage_id for hit in found] == [hit.passage_id for hit in other]
+    assert (snapshot.version, snapshot.widths) == (trained.version, trained.widths)
+
+
+def test_what_is_no_export_of_the_served_model_is_refused(
+    work: Path, exported: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    other = "is no export of the model that made the vectors.*or leave --start out"
+    for start, names in ((work / "models" / "pair", []), (tiny_model, []), ("no/such", []), (exported, ["start"])):
+        with pytest.raises(UsageError, match=other):
+            Shelf(work, ModelConfig(start=str(start), device="cpu"), names, clock=no_clock)
+    quantised = Path(shutil.copytree(exported, tmp_path / "int8"))
+    rewrite_manifest(quantised, lambda manifest: manifest["facts"].update(precision="int8"))
+    with pytest.raises(UsageError, match="In int8 a model's vectors are others"):
+        Shelf(work, ModelConfig(start=str(quantised), device="cpu"), clock=no_clock)
+
+
 def test_a_model_that_was_trained_anew_is_opened_with_its_vectors(work: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The model comes before its vectors; until both are there the old pair answers."""
     from pairdr.collection import open_collection
@@ -423,7 +463,7 @@ def test_an_encoder_is_used_by_one_thread_at_a_time() -> None:
         stages.append(stage)
         yield
 
-    shared = SharedEncoder(fragile, clock)  # type: ignore[arg-type]
+    shared = SharedEncoder(fragile, clock, 64)  # type: ignore[arg-type]
     uses = (shared.encode_queries, shared.encode_passages, shared.tokenize_queries, shared.tokenize_passages)
     threads = [threading.Thread(target=use, args=(["a"],)) for use in uses]
     for thread in threads:
@@ -432,6 +472,35 @@ def test_an_encoder_is_used_by_one_thread_at_a_time() -> None:
         thread.join()
     assert fragile.most == 1
     assert stages == ["encode", "encode"]
+
+
+def test_who_waits_for_an_encoder_comes_before_the_next_part_of_many_passages() -> None:
+    class Encoder:
+        contract, device, noise, fingerprint = None, "cpu", 0.0, "f"
+
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def encode_passages(self, passages: Any, tokens_per_batch: int | None = None) -> Any:
+            self.calls.append("passages")
+            time.sleep(0.0005)
+            return list(passages)
+
+        def encode_queries(self, texts: Any, tokens_per_batch: int | None = None) -> Any:
+            self.calls.append("question")
+            return list(texts)
+
+    for _ in range(20):
+        encoder = Encoder()
+        shared = SharedEncoder(encoder, no_clock, 1)  # type: ignore[arg-type]
+        thread = threading.Thread(target=shared.encode_passages, args=(["a"] * 200,))
+        thread.start()
+        time.sleep(0.02)
+        before = len(encoder.calls)
+        shared.encode_queries(["a"])
+        assert encoder.calls.index("question") <= before + 2
+        thread.join()
+        assert encoder.calls.count("passages") == 200
 
 
 # --- looking for versions ---------------------------------------------------------------------------------------------

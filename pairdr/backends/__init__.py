@@ -119,6 +119,40 @@ def load_encoder(config: ModelConfig, threads: int | None = None) -> Encoder:
     return encoder
 
 
+def open_stand_in(start: str, model: str | Path, device: str | None = None) -> Encoder:
+    """Open an export that answers for the model that it was made of: their vectors are equal, to rounding.
+
+    Args:
+        start: the export.
+        model: the folder of a model that pairdr saved.
+        device: only cpu; unset is the same.
+
+    Raises:
+        UsageError: no export of this model, an int8 one, or another device.
+        ArtefactError: a folder that is broken.
+    """
+    from pairdr.backends.exported import ExportedEncoder
+
+    known = read_manifest(model, "model").facts["encoder"]
+    facts = read_manifest(start, "exported").facts if is_exported(start) else {}
+    if facts.get("source_encoder") != known:
+        raise UsageError(
+            f"{start!r} is no export of the model that made the vectors.",
+            path=model,
+            remedy="Name what pairdr export made of it, or leave --start out.",
+        )
+    if facts["precision"] == "int8":
+        raise UsageError(
+            "In int8 a model's vectors are others.",
+            path=start,
+            remedy="Run pairdr encode with it and name those vectors, or an export in fp32.",
+        )
+    encoder = open_encoder(start, device)
+    assert isinstance(encoder, ExportedEncoder)
+    encoder.fingerprint = known
+    return encoder
+
+
 def is_exported(start: str) -> bool:
     """Return whether a start model is an exported one, which needs no torch."""
     return (Path(start) / MANIFEST).is_file() and read_manifest(start).kind == "exported"

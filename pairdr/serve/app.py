@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -13,7 +14,6 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from pairdr import __version__
 from pairdr.serve import forms
-from pairdr.serve.failures import ApiError, fail_status
+from pairdr.serve.failures import NO_JSON, ApiError, fail_status
 from pairdr.serve.guard import Asgi, Guard, Keys
 from pairdr.serve.labels import Feedback, Review
 from pairdr.serve.measuring import CONTENT_TYPE, Meters
@@ -32,7 +32,10 @@ Answer = TypeVar("Answer")
 MOST_SAID = 100
 """Characters of what a client has sent that an error repeats."""
 SEARCH_PARAMETERS = {"q", "k", "mode", "rerank", "filter", "fold", "model"}
-IN_URL = {"query": "q", "filters": "filter"}
+AUDIT_PARAMETERS = {"start", "count", "kind", "unmarked"}
+REPEATED = {"q", "filter"}
+"""Parameters that may have several values."""
+IN_URL = {"query": "q", "queries": "q", "filters": "filter"}
 """Fields that have another name in a URL."""
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 KEYED = [Security(HTTPBearer(auto_error=False, description="Where the service was started with --api-keys."))]
@@ -100,7 +103,7 @@ def create_app(
     pages = _add_pages(app)
     _add_errors(app)
     open_paths = frozenset({*pages, "/settings", "/health", "/ready"})
-    guard = Guard(
+    return Guard(
         app,
         config=config,
         keys=keys,
@@ -110,26 +113,17 @@ def create_app(
         is_full=lambda: service.is_full,
         meters=meters,
     )
-    if not config.cors_origins:
-        return guard
-    return CORSMiddleware(  # outside, so that a page can read what it is refused with
-        guard,
-        allow_origins=config.cors_origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
-        expose_headers=["Retry-After"],
-    )
 
 
 def _add_searching(app: FastAPI, service: Service) -> None:
     async def answer_search(form: forms.SearchForm) -> Response:
         begin = time.perf_counter()
-        key, reranked, found = await _answer_in_time(service.search(form), service.config)
+        search, reranked, found = await _answer_in_time(service.search(form), service.config)
         return _write(
             {
-                "model": key.snapshot.name,
-                "version": key.snapshot.version,
-                "mode": key.mode,
+                "model": search.snapshot.name,
+                "version": search.snapshot.version,
+                "mode": search.mode,
                 "reranked": reranked,
                 "milliseconds": round(1000 * (time.perf_counter() - begin), 2),
                 "results": [
@@ -139,10 +133,12 @@ def _add_searching(app: FastAPI, service: Service) -> None:
             }
         )
 
-    @app.get("/search", response_model=forms.SearchAnswer, summary="Search one question", dependencies=KEYED)
+    @app.get(
+        "/search", response_model=forms.SearchAnswer, summary="Search one question, or several", dependencies=KEYED
+    )
     async def get_search(
         request: Request,
-        q: Annotated[str, Query(description="The question.")],
+        q: Annotated[list[str], Query(description="The question; may be repeated.", min_length=1)],
         k: Annotated[int | None, Query(ge=1, description="Passages; unset: 10.")] = None,
         mode: Annotated[Mode, Query(description=_describe("mode"))] = "auto",
         rerank: Annotated[bool, Query(description=_describe("rerank"))] = False,
@@ -150,12 +146,10 @@ def _add_searching(app: FastAPI, service: Service) -> None:
         fold: Annotated[bool, Query(description=_describe("fold"))] = False,
         model: Annotated[str | None, Query(description=_describe("model"))] = None,
     ) -> Response:
-        unknown = sorted(set(request.query_params) - SEARCH_PARAMETERS)
-        if unknown:
-            there = ", ".join(sorted(SEARCH_PARAMETERS))
-            raise ApiError(422, "invalid_value", f"{unknown[0][:100]!r} is no parameter. There are: {there}.")
-        values = {"query": q, "k": k, "mode": mode, "rerank": rerank, "filters": filter, "fold": fold, "model": model}
-        return await answer_search(forms.SearchForm.model_validate(values))
+        _require_parameters(request, SEARCH_PARAMETERS)
+        questions: dict[str, Any] = {"query": q[0]} if len(q) == 1 else {"queries": q}
+        values = {"k": k, "mode": mode, "rerank": rerank, "filters": filter, "fold": fold, "model": model}
+        return await answer_search(forms.SearchForm.model_validate(questions | values))
 
     @app.post(
         "/search", response_model=forms.SearchAnswer, summary="Search one question, or several", dependencies=KEYED
@@ -252,6 +246,9 @@ def _add_watching(
             raise ApiError(503, "not_ready", "The service is stopping.")
         return _write({"status": "ready"} | ({"stale": service.shelf.stale} if service.shelf.stale else {}))
 
+    for path, answer in (("/health", get_health), ("/ready", get_ready)):  # load balancers ask so
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+
     @app.get(
         "/metrics",
         summary="Counters, as Prometheus reads them",
@@ -274,11 +271,13 @@ def _add_feedback(app: FastAPI, service: Service, feedback: Feedback) -> None:
 def _add_review(app: FastAPI, config: ServeConfig, review: Review) -> None:
     @app.get("/audit", summary="Labels that look wrong, the worst first", dependencies=KEYED)
     def get_audit(
+        request: Request,
         start: Annotated[int, Query(ge=0)] = 0,
         count: Annotated[int, Query(ge=1, le=1000)] = 20,
         kind: str | None = None,
         unmarked: bool = False,
     ) -> Response:
+        _require_parameters(request, AUDIT_PARAMETERS)
         return _write(review.list(start, count, kind, unmarked))
 
     @app.post("/audit", summary="Mark one of them", dependencies=KEYED)
@@ -310,7 +309,7 @@ def _add_errors(app: FastAPI) -> None:
     async def answer_invalid(_: Request, error: RequestValidationError | ValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return _write(ApiError(400, "invalid_json", "The body is no JSON.").body, 400)
+            return _write(ApiError(400, "invalid_json", NO_JSON).body, 400)
         if isinstance(error, RequestValidationError):
             loc = first["loc"][1:]  # without body or query
         else:  # of a search by URL
@@ -323,7 +322,7 @@ def _add_errors(app: FastAPI) -> None:
     async def answer_status(request: Request, error: HTTPException) -> Response:
         cause = error.__cause__  # a body that is too large or too slow fails where it is read
         found = cause if isinstance(cause, ApiError) else fail_status(error.status_code, str(error.detail))
-        headers = found.headers | dict(error.headers or {})
+        headers = found.headers | {name.lower(): value for name, value in (error.headers or {}).items()}
         if found.status in (408, 413):
             headers["connection"] = "close"
         if found.status == 405:  # the framework names those of one route, and a path may have more
@@ -336,6 +335,16 @@ def _add_errors(app: FastAPI) -> None:
     async def answer_unexpected(_: Request, error: Exception) -> Response:
         body = ApiError(500, "internal", "Something went wrong here; the log says more.").body
         return _write(body, 500, {"connection": "close"})  # the server closes it, and the client has to know
+
+
+def _require_parameters(request: Request, known: set[str]) -> None:
+    """Refuse what would mean nothing: a parameter that is none, and a second value where one counts."""
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if name not in known:
+            there = ", ".join(sorted(known))
+            raise ApiError(422, "invalid_value", f"{name[:MOST_SAID]!r} is no parameter. There are: {there}.")
+        if count > 1 and name not in REPEATED:
+            raise ApiError(422, "invalid_value", f"{name} is given {count} times. Give it once.")
 
 
 def _describe(field: str) -> str:

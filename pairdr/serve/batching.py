@@ -36,7 +36,9 @@ class _Request(NamedTuple):
 
 
 class Batcher:
-    """Collects requests and has them computed, oldest first. The items of one request are never parted.
+    """Collects requests and has them computed, oldest first.
+
+    A request of more than a batch is computed in parts, and each waits its turn: what others ask comes between them.
 
     Args:
         name: of the thread.
@@ -63,6 +65,7 @@ class Batcher:
         self._work, self._size, self._wait, self._room, self._observe = work, size, wait, room, observe
         self._weigh = weigh
         self._requests: deque[_Request] = deque()
+        self._later = 0  # cost of parts whose request waits for those before them
         self._batch: list[_Request] = []  # under way
         self._came = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
@@ -72,6 +75,10 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Return what the waiting items cost, those of requests that were given up not among them."""
+        return self._queued + self._later
+
+    @property
+    def _queued(self) -> int:
         return sum(request.cost for request in self._requests if not request.answer.done())
 
     @property
@@ -98,9 +105,34 @@ class Batcher:
         Raises:
             ApiError: too much waits already (429).
         """
-        cost, waiting = sum(map(self._weigh, items)), self.waiting
-        if waiting and waiting + cost > self._room:
+        parts, waiting = self._part(items), self.waiting
+        costs = [sum(map(self._weigh, part)) for part in parts]
+        later = sum(costs)
+        if waiting and waiting + later > self._room:
             raise refuse_busy()
+        self._later += later
+        results: list[Any] = []
+        try:
+            for part, cost in zip(parts, costs, strict=True):
+                self._later, later = self._later - cost, later - cost
+                results += await self._queue(key, part, cost)
+        finally:
+            self._later -= later
+        return results
+
+    def _part(self, items: Sequence[Any]) -> list[list[Any]]:
+        """Return the items in parts that fit a batch; one that does not fit is alone."""
+        parts: list[list[Any]] = [[]]
+        cost = 0
+        for item in items:
+            if parts[-1] and cost + self._weigh(item) > self._size:
+                parts.append([])
+                cost = 0
+            parts[-1].append(item)
+            cost += self._weigh(item)
+        return parts
+
+    async def _queue(self, key: Hashable, items: Sequence[Any], cost: int) -> Sequence[Any]:
         answer: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
         self._requests.append(_Request(key, items, cost, answer, time.perf_counter()))
         self._came.set()
@@ -132,7 +164,7 @@ class Batcher:
             self._came.clear()
             await self._came.wait()
         until = max(self._requests[0].arrived + self._wait, self._patience)
-        while self.waiting < self._size:
+        while self._queued < self._size:
             left = min(until - time.perf_counter(), self._wait)
             if left <= 0:
                 return

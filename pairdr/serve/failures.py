@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from http import HTTPStatus
 
+NO_JSON = "The body is no JSON."
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -50,6 +51,8 @@ def exceed_limit(name: str, found: int, limit: int) -> ApiError:
 
 def fail_status(status: int, detail: str) -> ApiError:
     """Return the error of a status that a library has set."""
-    codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+    if status == 400:  # bytes that are no UTF-8, say; each library has other words for it
+        return ApiError(400, "invalid_json", NO_JSON)
+    codes = {404: "not_found", 405: "method_not_allowed"}
     phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "Error"
     return ApiError(status, codes.get(status, phrase.lower().replace(" ", "_")), detail or phrase)

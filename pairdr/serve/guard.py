@@ -11,9 +11,12 @@ import hmac
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+
+from starlette.middleware.cors import CORSMiddleware
 
 from pairdr.errors import UsageError
 from pairdr.serve.failures import ApiError, refuse_busy
@@ -26,6 +29,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+MOST_DISCARDED = 2**27
+"""Bytes of a refused body that are read, and kept nowhere."""
 KEYS_VARIABLE = "PAIRDR_API_KEYS"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 POLICY = (
@@ -79,6 +84,9 @@ class Keys:
 class Guard:
     """Stands around the service: refuses, counts, and signs what leaves it.
 
+    Outside is what looks at hosts and signs, inside what looks at keys and bodies. Between them is what lets pages of
+    other sites ask, so that they can read what they are refused with.
+
     Args:
         app: the service.
         config: limits and names of hosts.
@@ -107,6 +115,15 @@ class Guard:
         self._busy_paths, self._is_full = busy_paths, is_full
         own = (*LOOPBACK, config.host, *config.hosts)
         self._hosts = {name_host(name).lower() for name in own} if is_loopback(config.host) or config.hosts else None
+        self._inside: Any = self._admit
+        if config.cors_origins:
+            self._inside = CORSMiddleware(
+                self._admit,
+                allow_origins=config.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+                expose_headers=["Retry-After"],
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -114,22 +131,28 @@ class Guard:
             await self._app(scope, receive, send)
             return
         begin, status = time.perf_counter(), 500
-        is_sent = False
+        is_sent = is_whole = False
+
+        async def note() -> Message:
+            nonlocal is_whole
+            message = await receive()
+            is_whole = not message.get("more_body", False)
+            return message
 
         async def sign(message: Message) -> None:
             nonlocal status, is_sent
             if message["type"] == "http.response.start":
                 status, is_sent = message["status"], True
                 message = {**message, "headers": [*message["headers"], *SECURITY]}
+            elif status == 413 and not is_whole:
+                await send({**message, "more_body": True})  # all of the answer; its end closes the connection
+                await self._discard_body(note)
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
             self._require_host(scope)
-            self._require_key(scope)
-            self._require_form(scope)
-            if scope["path"] in self._busy_paths and self._is_full():
-                raise refuse_busy()
-            await self._app(scope, self._limit_body(scope, receive), sign)
+            await self._inside(scope, note, sign)
         except ApiError as error:
             if is_sent:
                 raise
@@ -142,6 +165,18 @@ class Guard:
             path = getattr(scope.get("route"), "path", None)  # as the service names it: what is asked has no end
             path = path or (scope["path"] if scope["path"] in self._busy_paths else "other")
             self._meters.note_request(path, status, time.perf_counter() - begin)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request to the service, or answer it."""
+        try:
+            self._require_key(scope)
+            self._require_form(scope)
+            if scope["path"] in self._busy_paths and self._is_full():
+                raise refuse_busy()
+        except ApiError as error:
+            await send_error(send, error)
+            return
+        await self._app(scope, self._limit_body(receive), send)
 
     def _require_host(self, scope: Scope) -> None:
         """Refuse other names than ours: a page elsewhere can point a name of its own at this machine."""
@@ -178,7 +213,7 @@ class Guard:
         if length.isdigit() and int(length) > self._config.most_bytes:
             raise self._exceed_size()
 
-    def _limit_body(self, scope: Scope, receive: Receive) -> Receive:
+    def _limit_body(self, receive: Receive) -> Receive:
         """Return a `receive` that counts bytes and seconds of the body."""
         count, is_whole = 0, False
         deadline = asyncio.get_running_loop().time() + self._config.body_seconds
@@ -201,6 +236,16 @@ class Guard:
             return message
 
         return limited
+
+    async def _discard_body(self, receive: Receive) -> None:
+        """Read what still comes of a body: a client that sends into a closed connection never sees its answer."""
+        count, is_whole = 0, False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.body_seconds):
+                while not is_whole and count < MOST_DISCARDED:
+                    message = await receive()
+                    count += len(message.get("body", b""))
+                    is_whole = not message.get("more_body", False)
 
     def _exceed_size(self) -> ApiError:
         return ApiError(413, "body_too_large", f"A body may have at most {self._config.most_bytes} bytes.")

@@ -40,7 +40,18 @@ class Feedback:
 
     def __init__(self, folder: Path) -> None:
         self._queries, self._qrels_file = folder / "queries.jsonl", folder / "qrels" / "train.tsv"
-        self._lock, self._open = threading.Lock(), ExitStack()
+        self._lock = threading.Lock()
+        with ExitStack() as opening:
+            try:
+                opening.enter_context(hold_lock(folder, wait=False))
+            except BlockingIOError as error:
+                raise UsageError(
+                    "Another service writes there.", path=folder, remedy="Choose another folder."
+                ) from error
+            self._read(folder)  # what the service before has written last is there now
+            self._open = opening.pop_all()
+
+    def _read(self, folder: Path) -> None:
         lines = read_texts(self._queries, QUERY_KEYS) if self._queries.is_file() else ()
         asked = {query_id: text for _, (query_id, text) in lines}
         self._qrels: Qrels = read_qrels(self._qrels_file) if self._qrels_file.is_file() else {}
@@ -49,10 +60,6 @@ class Feedback:
         if is_data or not all(query_id.startswith(PREFIX) for query_id in (*asked, *self._qrels)):
             raise UsageError("Other data stand there.", path=folder, remedy="Choose a folder of its own for feedback.")
         self._qrels_file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._open.enter_context(hold_lock(folder, wait=False))
-        except BlockingIOError as error:
-            raise UsageError("Another service writes there.", path=folder, remedy="Choose another folder.") from error
 
     def label(self, query: str, passage_id: str, relevant: bool | None) -> int:
         """Write a label, or take it back (None), and return how many there are.

@@ -40,6 +40,7 @@ def make_server(app: Asgi, service: Service) -> uvicorn.Server:
 
     class TimedProtocol(Protocol):
         head_seconds = config.body_seconds
+        answer_seconds = config.request_seconds
 
     return _Server(
         uvicorn.Config(

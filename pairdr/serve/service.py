@@ -7,7 +7,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from pairdr.progress import say
 from pairdr.records import Passage, Query
 from pairdr.searcher import RERANKED, Hit, Way
 from pairdr.serve.batching import Batcher
+from pairdr.serve.computing import Questions, Search, Texts, Vectors, encode_texts, judge_pairs, search_questions
 from pairdr.serve.failures import ApiError, exceed_limit
 from pairdr.serve.forms import EmbeddingForm, PassageForm, RerankForm, SearchForm
 from pairdr.serve.measuring import Meters
@@ -28,26 +29,8 @@ from pairdr.store_config import ServeConfig
 from pairdr.tokens import Side
 from pairdr.vectors import VectorStore
 
-Vectors = npt.NDArray[np.float32]
 RERANKER = "reranker"
 UNSAID_RESULTS = 10
-
-
-class _Search(NamedTuple):
-    """What questions have in common that are searched together."""
-
-    snapshot: Snapshot
-    k: int
-    mode: Way
-    filters: tuple[str, ...]
-    fold: bool
-
-
-class _Embed(NamedTuple):
-    """What texts have in common that are encoded together."""
-
-    snapshot: Snapshot
-    side: Side
 
 
 class Service:
@@ -92,7 +75,7 @@ class Service:
         await self._texts.stop()
         await self._pairs.stop()
 
-    async def search(self, form: SearchForm) -> tuple[_Search, bool, list[list[Hit]]]:
+    async def search(self, form: SearchForm) -> tuple[Search, bool, list[list[Hit]]]:
         """Return by what, whether it was reranked, and the hits of each question; all of one version.
 
         Raises:
@@ -115,11 +98,14 @@ class Service:
         depth = max(k, RERANKED) if form.rerank else k
         what = "passages to rerank" if form.rerank else "results"
         _require_at_most(f"The number of {what}", len(questions) * depth, self.config.most_hits)
-        key = _Search(snapshot, depth, mode, tuple(form.filters), form.fold)
-        try:
-            found: Sequence[list[Hit]] = await self._texts.submit(key, questions)
-        except UsageError as error:  # a filter that is none, or a field that no passage has
-            raise ApiError(422, "invalid_value", _explain(error)) from error
+        search = Search(snapshot, depth, mode, tuple(form.filters), form.fold)
+        if form.filters:
+            try:  # of many passages it takes a second, and no batch has to wait for it
+                await asyncio.to_thread(searcher.match_filters, mode=mode, where=search.filters)
+            except UsageError as error:  # a filter that is none, or a field that no passage has
+                raise ApiError(422, "invalid_value", _explain(error)) from error
+        asked = [(search, question) for question in questions]
+        found: Sequence[list[Hit]] = await self._texts.submit(Questions(snapshot, mode != "bm25"), asked)
         if form.rerank:
             pairs = [
                 (Query(str(place), question), [hit.passage for hit in hits])
@@ -127,7 +113,7 @@ class Service:
             ]
             scores = await self._pairs.submit(snapshot, pairs)
             found = [_reorder(hits, row) for hits, row in zip(found, scores, strict=True)]
-        return key, form.rerank, [hits[:k] for hits in found]
+        return search, form.rerank, [hits[:k] for hits in found]
 
     async def embed(self, form: EmbeddingForm) -> tuple[Snapshot, list[list[float] | str], int]:
         """Return by what, the embeddings, and how many tokens were read.
@@ -303,34 +289,23 @@ class Service:
         self._meters.watch_queue(name, lambda: batcher.waiting)
         return batcher
 
-    def _compute(self, key: _Search | _Embed, items: list[Any]) -> Sequence[Any]:
+    def _compute(self, common: Questions | Texts, items: list[Any]) -> Sequence[Any]:
         """Search questions, or encode texts, in the thread of the batch."""
-        if isinstance(key, _Search):
-            with self._meters.clock("search"):
-                return key.snapshot.searcher.search_many(
-                    items, key.k, mode=key.mode, where=key.filters, fold=key.fold, rerank=0
-                )
-        encoder = key.snapshot.encoder
-        if key.side == "query":
-            tokens, vectors = encoder.tokenize_queries(items), encoder.encode_queries(items)
-        else:
-            tokens, vectors = encoder.tokenize_passages(items), encoder.encode_passages(items)
-        return list(zip(vectors, [len(found.input_ids) for found in tokens], strict=True))
+        if isinstance(common, Texts):
+            return encode_texts(common, items)
+        with self._meters.clock("search"):
+            return search_questions(common, items)
 
     def _judge(self, snapshot: Snapshot, pairs: list[tuple[Query, list[Passage]]]) -> Sequence[Any]:
         """Score passages for questions, in the thread of the reranker."""
-        teacher = snapshot.searcher.reranker
-        assert teacher is not None
         with self._meters.clock("rerank"):
-            return teacher.score([query for query, _ in pairs], [passages for _, passages in pairs])
+            return judge_pairs(snapshot, pairs)
 
     async def _encode(
         self, snapshot: Snapshot, side: Side, texts: Sequence[str] | Sequence[Passage]
     ) -> Sequence[tuple[Vectors, int]]:
         """Return (vector [D], tokens) of each text."""
-        if side == "passage":
-            texts = [Passage("", "", text) if isinstance(text, str) else text for text in texts]
-        return await self._texts.submit(_Embed(snapshot, side), texts)
+        return await self._texts.submit(Texts(snapshot, side), texts)
 
     def require_texts(self, name: str, texts: Sequence[str]) -> None:
         """Refuse more, or longer, texts than are allowed.

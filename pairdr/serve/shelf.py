@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,58 +21,20 @@ from pairdr.errors import ArtefactError, BusyError, PairdrError, ServerError, Us
 from pairdr.files import hash_json, hold_lock, replace_file
 from pairdr.indexes.address import is_url
 from pairdr.lexical import LexicalIndex, index_words
-from pairdr.parts import TEACHER, Parts, find_parts, is_work_folder
+from pairdr.parts import TEACHER, Parts, find_parts, is_work_folder, names_start
 from pairdr.progress import say
-from pairdr.records import Passage
 from pairdr.searcher import Searcher, open_searcher
 from pairdr.serve.failures import ApiError
-from pairdr.store_config import WorkersConfig
-from pairdr.tokens import Contract, Tokens
+from pairdr.serve.sharing import Clock, SharedEncoder
+from pairdr.store_config import ServeConfig, WorkersConfig
 from pairdr.vectors import VectorStore
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from pairdr.backends import Encoder
     from pairdr.teachers import Teacher
 
-Clock = Callable[[str], AbstractContextManager[None]]
-"""Measures the stage that its block is."""
 START = "start"
 AWAY = "away"
 """Stands for an index in a database whose server does not answer."""
-
-
-class SharedEncoder:
-    """An encoder whose time is taken, used by one thread at a time: tokenizers of transformers bear no more."""
-
-    def __init__(self, encoder: Encoder, clock: Clock) -> None:
-        self._encoder, self._clock, self._lock = encoder, clock, threading.Lock()
-        self.contract: Contract = encoder.contract
-        self.device, self.noise, self.fingerprint = encoder.device, encoder.noise, encoder.fingerprint
-
-    def encode_queries(self, texts: Sequence[str], tokens_per_batch: int | None = None) -> npt.NDArray[np.float32]:
-        """Return the [n, D] vectors of questions."""
-        with self._lock, self._clock("encode"):
-            return self._encoder.encode_queries(texts, tokens_per_batch)
-
-    def encode_passages(
-        self, passages: Sequence[Passage], tokens_per_batch: int | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Return the [n, D] vectors of passages."""
-        with self._lock, self._clock("encode"):
-            return self._encoder.encode_passages(passages, tokens_per_batch)
-
-    def tokenize_queries(self, texts: Sequence[str]) -> list[Tokens]:
-        """Return the tokens of questions."""
-        with self._lock:
-            return self._encoder.tokenize_queries(texts)
-
-    def tokenize_passages(self, passages: Sequence[Passage]) -> list[Tokens]:
-        """Return the tokens of passages."""
-        with self._lock:
-            return self._encoder.tokenize_passages(passages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,19 +81,20 @@ class Shelf:
 
     Args:
         place: a work folder, or vectors.
-        model: what made the vectors; a work folder names its own, and only the device counts.
-        names: models of a work folder, the default first; none: the trained one and the start.
+        model: what made the vectors; a work folder names its own, and only the device counts, or an export of it.
+        names: models of a work folder, the default first; none: the trained one and, without an export, the start.
         words: BM25; a work folder has its own.
         index: an approximate index of the first model's vectors, or the URL of one in a database.
         reranker: "teacher", or a cross-encoder's folder or hub name.
         workers: that share exact search; each model has its own.
         writes: passages are changed through this service; words that do not follow the vectors, since a service was
             killed between the two, are indexed anew.
+        batch_texts: passages that are encoded before searches have their turn.
         clock: takes the time of stages.
 
     Raises:
         ArtefactError: a part is missing or does not fit the others.
-        UsageError: a model that the work folder does not have.
+        UsageError: a model that the work folder does not have, or no export of it.
     """
 
     def __init__(
@@ -145,9 +108,10 @@ class Shelf:
         reranker: str | None = None,
         workers: WorkersConfig = WorkersConfig(),
         writes: bool = False,
+        batch_texts: int = ServeConfig().batch_texts,
         clock: Clock,
     ) -> None:
-        self.place, self._model, self._clock = place, model, clock
+        self.place, self._model, self._clock, self._batch_texts = place, model, clock, batch_texts
         self._reranker: str | Teacher | None = reranker
         self._reranker_name = reranker
         self._words, self._index = words, index
@@ -251,7 +215,7 @@ class Shelf:
                 raise UsageError("Vectors have one model.", remedy="Leave --models out, or name a work folder.")
             return [self.place.resolve().name]
         trained = find_parts(self.place).name
-        chosen = list(dict.fromkeys(names or (trained, START)))
+        chosen = list(dict.fromkeys(names or ((trained,) if names_start(self._model) else (trained, START))))
         there = [name for name in chosen if _has_vectors(find_parts(self.place, system=name))]
         missing = [name for name in names if name not in there]
         if missing:
@@ -280,7 +244,8 @@ class Shelf:
         stamp = None if parts.model is None else _stamp(parts.model / MANIFEST)
         known = self._encoders.get(parts.name)
         if known is None or known[0] != stamp:
-            known = self._encoders[parts.name] = (stamp, SharedEncoder(parts.open_encoder(self._model), self._clock))
+            encoder = SharedEncoder(parts.open_encoder(self._model), self._clock, self._batch_texts)
+            known = self._encoders[parts.name] = (stamp, encoder)
         return known[1]
 
 

@@ -1,4 +1,4 @@
-"""What comes before anything is a request: a head has to come in time, to be of some size, and to be HTTP."""
+"""The wire: a head has to come in time, to be of some size, and to be HTTP; an answer has to be read in time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from pairdr.serve.guard import SECURITY
 
 MOST_HEAD = 65_536
 """Bytes of a request's line and headers."""
+MOST_REST = 2**20
+"""Bytes that are read, and kept nowhere, of a client that has its refusal and goes on sending."""
+REST_SECONDS = 2.0
+"""As long as that is done."""
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection that is closed where a head does not come; uvicorn itself waits for one, and reads it, for ever."""
+    """A connection that is closed where a head does not come, or an answer is not read; uvicorn waits for ever."""
 
     head_seconds = 10.0
+    answer_seconds = 30.0
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None  # runs while something of an answer is unread
+    _is_refused = False
+    _rest = 0
     _is_head = False
     _is_trailer = False
     _has_told = False
@@ -29,15 +37,32 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a first request."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # any byte that the client has not taken pauses writing
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing more."""
         self._forget_timer()
+        self._forget_reading()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Give a client the time to read its answer."""
+        super().pause_writing()
+        self._reading = self.loop.call_later(self.answer_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on once all is read that was written."""
+        self._forget_reading()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Read on; what belongs to no request under way has to become one in time."""
+        if self._is_refused:
+            self._rest += len(data)
+            if self._rest > MOST_REST:
+                self.transport.close()
+            return
         self._unset_keepalive_if_required()
         rest: bytes | None = data
         while rest is not None:
@@ -141,8 +166,13 @@ class Protocol(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
+    def _forget_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
     def _refuse(self, error: ApiError) -> None:
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_refused:
             return
         if self._is_trailer or (self.cycle is not None and not self.cycle.response_complete):
             self.transport.close()  # another answer is under way, or was given
@@ -156,4 +186,8 @@ class Protocol(HttpToolsProtocol):
         ]
         line = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n".encode()
         self.transport.write(line + b"".join(b"%s: %s\r\n" % header for header in headers) + b"\r\n" + body)
-        self.transport.close()
+        # What a client sends into a closed connection is answered with a reset, and it may never see the refusal.
+        self.transport.write_eof()
+        self._is_refused = True
+        self._forget_timer()
+        self._timer = self.loop.call_later(REST_SECONDS, self.transport.close)

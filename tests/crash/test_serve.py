@@ -36,10 +36,12 @@ from serving import (  # noqa: E402
     check_error,
     exchange,
     make_place,
+    make_work,
     mark_edition,
     name_version,
     read_metrics,
     read_rows,
+    split_answer,
     wait_until,
 )
 
@@ -166,6 +168,22 @@ def test_an_exported_model_is_served_where_there_is_no_torch(running: Process, t
     assert not [line for line in running.said if "Traceback" in line]
 
 
+def test_a_work_folder_is_served_on_an_export_of_its_model_where_there_is_no_torch(
+    tmp_path_factory: pytest.TempPathFactory, toy: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    work = make_work(tmp_path_factory.getbasetemp(), toy, tiny_model)
+    export_model(work / "models" / "pair", tmp_path / "export", to="onnx")
+    with Process(work, tmp_path / "export") as process, open_client(process) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["pair"]
+        for mode in WAYS:
+            answer = client.post("/search", json={"query": QUESTION, "mode": mode}).json()
+            assert (answer["model"], len(answer["results"][0]["hits"])) == ("pair", 10)
+    export_model(work / "models" / "start", tmp_path / "other", to="onnx")
+    with Process(work, tmp_path / "other") as process:
+        assert process.wait() == 2
+        assert "is no export of the model that made the vectors." in "".join(process.said)
+
+
 # --- the wire ---------------------------------------------------------------------------------------------------------
 
 
@@ -196,17 +214,25 @@ def test_bytes_that_are_no_utf8_are_400(running: Process, body: bytes) -> None:
     assert is_well(running)
 
 
+def send_all(process: Process, sent: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Send bytes, and only then read what comes: a reset is an error."""
+    with connect(process) as connection:
+        connection.sendall(sent)
+        found = b""
+        while data := connection.recv(65_536):
+            found += data
+    return split_answer(found)
+
+
 def test_fifty_megabytes_are_413_whether_they_are_announced_or_not(running: Process) -> None:
     with open_client(running) as client:
         before = read_metrics(client)["process_resident_memory_bytes"]
         body = b'{"query": "' + b"a" * 50_000_000
         announced = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
-        assert read_code(exchange(running.url, announced + body)) == (413, "body_too_large")
+        assert read_code(send_all(running, announced + body)) == (413, "body_too_large")
         chunks = b"".join(b"100000\r\n" + b"a" * 2**20 + b"\r\n" for _ in range(50)) + b"0\r\n\r\n"
-        assert read_code(exchange(running.url, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)) == (
-            413,
-            "body_too_large",
-        )
+        announced = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+        assert read_code(send_all(running, announced + chunks)) == (413, "body_too_large")
         after = read_metrics(client)["process_resident_memory_bytes"]
         assert after - before < 30e6
     assert is_well(running)

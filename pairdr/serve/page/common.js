@@ -134,6 +134,18 @@ function fold(word) {
   return word.normalize("NFC").toLowerCase();
 }
 
+/** Return what does tasks in their order. Once one fails, which its answer says, those that wait for it are dropped. */
+export function makeQueue() {
+  let last = Promise.resolve();
+  let failures = 0;
+  return (task) => {
+    const known = failures;
+    last = last.then(async () => {
+      if (known === failures && !(await task())) failures += 1;
+    });
+  };
+}
+
 /** Say whether a key that is pressed there is meant for the element itself. */
 export function isTyping(target) {
   return target.matches("input:not([type=radio], [type=checkbox]), select, textarea");

@@ -121,7 +121,8 @@ function makeExample(schema) {
 function writeCurl(method, path, parameters, body) {
   const url = new URL(path.replace(/^\//, ""), new URL("./", location.href));
   for (const { name, required, schema, in: place } of parameters) {
-    if (required && place === "query") url.searchParams.set(name, makeExample(schema));
+    if (!required || place !== "query") continue;
+    for (const value of [makeExample(schema)].flat()) url.searchParams.append(name, value);
   }
   const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const parts = ["curl"];

@@ -1,9 +1,10 @@
 // Lists of hits: one, or two side by side.
 
-import { callApi, element, find, findWords, formatNumber, markWords, showProblem } from "./common.js";
+import { callApi, element, find, findWords, formatNumber, makeQueue, markWords, showProblem } from "./common.js";
 
 const relevance = new Map(); // what was said here of (query, passage): true, false, or null where it was taken back
 let voteViews = []; // in two lists a passage stands twice
+const enqueue = makeQueue();
 const cuts = new ResizeObserver((changes) => changes.forEach(({ target }) => offerMore(target)));
 
 /**
@@ -110,7 +111,10 @@ function makeVotes(query, id) {
     const button = element("button", { type: "button", className: value ? "vote" : "vote against" });
     button.title = button.ariaLabel = value ? "relevant" : "not relevant";
     button.append(find("thumb").content.cloneNode(true));
-    button.addEventListener("click", () => vote(query, id, about, relevance.get(about) === value ? null : value));
+    // What a click means is known once those before it are written: a second one takes back what the first has said.
+    button.addEventListener("click", () =>
+      enqueue(() => vote(query, id, about, relevance.get(about) === value ? null : value)),
+    );
     voteViews.push(() => button.setAttribute("aria-pressed", relevance.get(about) === value));
     return button;
   });
@@ -122,6 +126,7 @@ function makeVotes(query, id) {
 
 const refreshVotes = () => voteViews.forEach((refresh) => refresh());
 
+/** Write what is said of a hit, and return whether it is written. */
 async function vote(query, id, about, relevant) {
   const before = relevance.get(about) ?? null;
   relevance.set(about, relevant);
@@ -130,9 +135,11 @@ async function vote(query, id, about, relevant) {
     await callApi("feedback", { body: { query, passage_id: id, relevant } });
     const said = { true: "relevant", false: "not relevant", null: "no judgement" };
     find("status").textContent = `Noted: ${said[relevant]}.`;
+    return true;
   } catch (error) {
     relevance.set(about, before);
     refreshVotes();
-    showProblem(error, () => vote(query, id, about, relevant));
+    showProblem(error, () => enqueue(() => vote(query, id, about, relevant)));
+    return false;
   }
 }

@@ -1,7 +1,7 @@
 // The audit view: labels that look wrong, to be marked one by one.
 
 import { callApi, clearProblem, count, element, find, findWords } from "./common.js";
-import { formatNumber, isTyping, loadSettings, markWords, showProblem } from "./common.js";
+import { formatNumber, isTyping, loadSettings, makeQueue, markWords, showProblem } from "./common.js";
 
 const PAGE = 100; // findings of one request
 const KINDS = {
@@ -34,7 +34,7 @@ const filter = find("filter");
 let findings = [];
 let shown = []; // those that fitted the filter when it was set: a row that is marked stays, and can be gone back to
 let current;
-let saved = Promise.resolve();
+const enqueue = makeQueue();
 
 async function start() {
   clearProblem();
@@ -172,10 +172,10 @@ const marks = Object.entries(MARKS).map(([mark, key]) => {
 
 /** Mark what is shown once marks before this one are written: keys may come faster. */
 function markCurrent(mark) {
-  saved = saved.then(() => save(current, mark));
+  enqueue(() => save(current, mark));
 }
 
-/** Write a mark to the audit, and go to the next finding without one. */
+/** Write a mark to the audit, go to the next finding without one, and return whether it is written. */
 async function save(finding, mark) {
   clearProblem();
   try {
@@ -186,8 +186,10 @@ async function save(finding, mark) {
     const unmarked = [...shown.slice(at + 1), ...shown.slice(0, at)].find((other) => !other.mark);
     show(mark && unmarked && current === finding ? unmarked : current);
     find("status").textContent = mark ? `Marked: ${mark}.` : "The mark is taken away.";
+    return true;
   } catch (error) {
-    showProblem(error, () => save(finding, mark));
+    showProblem(error, () => enqueue(() => save(finding, mark)));
+    return false;
   }
 }
 
@@ -213,6 +215,9 @@ document.addEventListener("keydown", (event) => {
   if (target.type === "radio" && key.startsWith("Arrow")) return;
   const inList = find("rows").contains(target);
   const mark = Object.keys(MARKS).find((name) => MARKS[name] === key);
+  const pressing = key === "Enter" && find("marks").contains(target);
+  // A key that is held would mark what nobody has seen.
+  if (event.repeat && (mark !== undefined || pressing)) return event.preventDefault();
   if (mark !== undefined) markCurrent(mark);
   else if (key === "n" || key === "ArrowRight" || (inList && key === "ArrowDown")) step(1);
   else if (key === "p" || key === "ArrowLeft" || (inList && key === "ArrowUp")) step(-1);
