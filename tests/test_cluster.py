@@ -21,14 +21,16 @@ from clustering import Note, OpenSlowEncoder, Slowly, open_broken, open_clumsy, 
 
 from pairdr import cluster as module
 from pairdr import encode_ray
+from pairdr.artefact import publish
 from pairdr.cli import main
 from pairdr.cluster import Cluster, count_workers, join_cluster
 from pairdr.collection import open_collection
 from pairdr.config import EncodeConfig, LabelConfig, ModelConfig
 from pairdr.encode_ray import OpenEncoder, encode_collection
 from pairdr.errors import PairdrError, RefusedError, StoppedError, UsageError
-from pairdr.files import hash_file
+from pairdr.files import hash_file, write_json
 from pairdr.store_config import RayConfig
+from pairdr.teachers import RECIPE
 from pairdr.vectors import VectorStore
 from pairdr.workers import Answer, ShippedFolder
 
@@ -217,6 +219,48 @@ def test_scores_are_those_of_the_local_teacher(
         assert hash_file(tmp_path / "local" / f"{name}.arrow") == hash_file(tmp_path / "ray" / f"{name}.arrow")
 
 
+def test_a_killed_call_has_its_scores_and_the_next_makes_the_others(
+    nodes: Any, toy: Path, toy_parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pairdr import scoring
+
+    dual = {"kind": "dual_encoder", "name": "student", "source": str(toy_parts.start)}
+    recipe = {"kind": "fusion", "members": [dual, {"kind": "bm25"}], "weights": [0.5, 0.5]}
+    with publish(tmp_path / "teacher", "teacher", options={}, inputs={}) as staging:
+        write_json(staging.path / RECIPE, recipe)
+    folder, options = (
+        toy_parts.start.parent.parent / "candidates",
+        ("--label-depth", "5", "--s-pos", "0.6", "--s-neg", "0"),
+    )
+    command = ["label", str(toy), str(folder), str(tmp_path / "teacher"), *options]
+    spread = ["--on", "ray", "--ray-address", nodes.address, "--workers", "1", "--cpus-per-worker", "1"]
+    program = (
+        "import sys; from pairdr import scoring; scoring.PART = 2; from pairdr.cli import main; main(sys.argv[1:])"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, *command, "-o", str(tmp_path / "ray"), *spread])
+    while child.poll() is None and len(list((tmp_path / "ray.parts").rglob("*.npy"))) < 3:
+        time.sleep(0.01)
+    child.kill()
+    child.communicate()
+    there = len(list((tmp_path / "ray.parts").rglob("[!.]*.npy")))
+    asked, map_blocks = list[int](), Cluster.map_blocks
+
+    def count(self: Cluster, blocks: Any, *rest: Any) -> Any:
+        asked.append(len(blocks))
+        return map_blocks(self, blocks, *rest)
+
+    monkeypatch.setattr(scoring, "PART", 2)
+    monkeypatch.setattr(Cluster, "map_blocks", count)
+    for arguments in (["-o", str(tmp_path / "ray"), *spread], ["-o", str(tmp_path / "local")]):
+        with pytest.raises(SystemExit) as end:
+            main([*command, *arguments])
+        assert end.value.code in (None, 0)
+    assert 3 <= there < 72
+    assert sum(asked) == 72 - there
+    for name in ("labelled", "pseudo"):
+        assert hash_file(tmp_path / "local" / f"{name}.arrow") == hash_file(tmp_path / "ray" / f"{name}.arrow")
+
+
 # --- a node that dies; the cluster has one node after it --------------------------------------------------------------
 
 
@@ -225,19 +269,29 @@ def test_encoding_that_loses_a_node_ends_with_the_shards_of_the_local_encoder(
 ) -> None:
     monkeypatch.setattr(module, "_PATIENCE", 2.0)
     monkeypatch.setattr(encode_ray, "OpenEncoder", OpenSlowEncoder)
-    spread, came = Cluster.map_blocks, []
+    victim = next(iter(nodes.worker_nodes))
+    spread, fetch, came, lost = Cluster.map_blocks, module._fetch, list[int](), list[str]()
+    makers: list[str] = []
+
+    def note(reference: Any) -> Any:
+        answer = fetch(reference)
+        makers.extend([] if answer is None else [answer.node])
+        return answer
 
     def lose(self: Cluster, *work: Any) -> Any:
         for number, vectors in spread(self, *work):
             came.append(number)
-            if len(came) == 8:
-                nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+            if len(came) >= 8 and not lost and victim.node_id[:12] in makers:  # it has work
+                lost.append(victim.node_id)
+                nodes.remove_node(victim, allow_graceful=False)
             yield number, vectors
 
     monkeypatch.setattr(Cluster, "map_blocks", lose)
+    monkeypatch.setattr(module, "_fetch", note)
     data, model, config = open_collection(toy), ModelConfig(start=str(tiny_model)), EncodeConfig(shard_size=4)
     encode_collection(data, model, config, RayConfig(), tmp_path / "local")
     encode_collection(data, model, config, on(nodes, cpus_per_worker=2), tmp_path / "ray")
+    assert lost == [victim.node_id]
     assert sorted(came) == list(range(30))
     assert hash_shards(tmp_path / "ray") == hash_shards(tmp_path / "local")
     assert VectorStore(tmp_path / "ray").fingerprint == VectorStore(tmp_path / "local").fingerprint
@@ -246,16 +300,19 @@ def test_encoding_that_loses_a_node_ends_with_the_shards_of_the_local_encoder(
 
 def test_a_lost_node_costs_only_what_had_not_come(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PATIENCE", 2.0)
-    done, came = tmp_path / "done", []
+    done, came, makers = tmp_path / "done", [], set()
+    victim = next(iter(nodes.worker_nodes))
     with join_cluster(on(nodes)) as cluster:
-        for number, (twice, _, _) in cluster.map_blocks(
+        for number, (twice, node, _) in cluster.map_blocks(
             {n: n for n in range(60)}, Note(tmp_path / "read"), Slowly(done)
         ):
             assert twice == 2 * number
             came.append(number)
+            makers.add(node)
             if len(came) == 16:
-                before = set(came)
-                nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+                before, worked = set(came), victim.node_id in makers
+                nodes.remove_node(victim, allow_graceful=False)
+    assert worked
     assert sorted(came) == list(range(60))
     counts = {number: count_lines(done).count(str(number)) for number in range(60)}
     assert all(counts.values())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +19,15 @@ import pytest
 from conftest import Parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import ENGINES, PASSWORD, Postgres, Server, start_server
+from servers import ENGINES, MILVUS_TOKEN, PASSWORD, Milvus, Postgres, Server
 from serving import make_place
 from storing import SIZE, WordEncoder, make_texts, to_passages, write_collection
 
 from pairdr import load as load_stage
+from pairdr.artefact import read_manifest
+from pairdr.ask import answer_questions
 from pairdr.cli import main
-from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig
+from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig, SearchConfig
 from pairdr.encode import encode_corpus, upsert_passages
 from pairdr.errors import (
     ArtefactError,
@@ -46,6 +50,7 @@ from pairdr.indexes.exact import search_exact
 from pairdr.lexical import index_words
 from pairdr.load import describe_database, drop_database, load_database
 from pairdr.records import Passage
+from pairdr.searcher import Searcher
 from pairdr.serve.shelf import Shelf
 from pairdr.store_config import IndexConfig
 from pairdr.vectors import VectorStore
@@ -74,21 +79,6 @@ def make_store(folder: Path, passages: list[Passage], encoder: WordEncoder = ENC
     return compact_store(folder / "v")
 
 
-@pytest.fixture(scope="session")
-def servers() -> Iterator[Callable[[str], Server]]:
-    """Return what starts each server once."""
-    started: dict[str, Server] = {}
-
-    def start(engine: str) -> Server:
-        if engine not in started:
-            started[engine] = start_server(engine)
-        return started[engine]
-
-    yield start
-    for server in started.values():
-        server.stop()
-
-
 @pytest.fixture(scope="session", params=ENGINES)
 def server(request: pytest.FixtureRequest, servers: Callable[[str], Server]) -> Server:
     return servers(request.param)
@@ -98,6 +88,13 @@ def server(request: pytest.FixtureRequest, servers: Callable[[str], Server]) -> 
 def postgres(servers: Callable[[str], Server]) -> Postgres:
     found = servers("postgres")
     assert isinstance(found, Postgres)
+    return found
+
+
+@pytest.fixture(scope="session")
+def milvus(servers: Callable[[str], Server]) -> Milvus:
+    found = servers("milvus")
+    assert isinstance(found, Milvus)
     return found
 
 
@@ -416,6 +413,53 @@ def _interrupt(*arguments: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("server", ["milvus", "lite"], indirect=True)
+def test_rows_that_milvus_is_sent_twice_are_there_once(
+    server: Server, kept: VectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, add = server.url(), load_stage._add_rows
+    monkeypatch.setattr(load_stage, "_add_rows", lambda *arguments: (add(*arguments), add(*arguments)))
+    load_database(kept, url, CONFIG)  # as two loads at a time would, or a call whose answer was lost
+    assert describe_database(url)["count"] == 300
+    require_found(DatabaseIndex.open(url, kept), kept)
+
+
+@pytest.mark.parametrize("server", ["lite"], indirect=True)
+def test_a_graph_that_milvus_does_not_build_ends_the_load_and_the_next_goes_on(
+    server: Server, kept: VectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pymilvus
+
+    url = server.url()
+    monkeypatch.setattr("pairdr.indexes.milvus._STALL", 0.5)
+    monkeypatch.setattr(pymilvus.MilvusClient, "describe_index", lambda *_: {"pending_index_rows": 7})
+    with pytest.raises(ServerError, match=r"nothing of its graph for 0 seconds; 7 rows are left\..*goes on where"):
+        load_database(kept, url, CONFIG)
+    monkeypatch.undo()
+    monkeypatch.setattr(load_stage, "_add_rows", None)  # the rows are there
+    load_database(kept, url, CONFIG)
+
+
+@pytest.mark.parametrize("server", ["lite"], indirect=True)
+def test_searches_that_tune_milvus_are_waited_for_and_others_are_not(
+    server: Server, kept: VectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pymilvus
+
+    search, limits = pymilvus.MilvusClient.search, []
+
+    def note(*asked: Any, **how: Any) -> Any:
+        limits.append(how.get("timeout"))
+        return search(*asked, **how)
+
+    monkeypatch.setattr(pymilvus.MilvusClient, "search", note)
+    index = load_database(kept, server.url(), CONFIG)
+    assert set(limits) == {None}
+    limits.clear()
+    index.search(QUERIES, 10)
+    assert limits == [10.0]
+
+
 def test_two_loads_of_one_name_do_not_meet_in_postgresql(postgres: Postgres, kept: VectorStore) -> None:
     url = postgres.url()
     with open_database(url).hold(), pytest.raises(BusyError, match="Another command is at work here"):
@@ -490,23 +534,78 @@ def test_a_wrong_password_is_named_and_never_shown(postgres: Postgres, monkeypat
     assert open_database(postgres.url(user="guarded")).find_load() is None
 
 
-def test_a_milvus_that_refuses_a_token_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plus_in_a_password_is_a_plus(postgres: Postgres) -> None:
+    assert open_database(postgres.url(user="plus:a+b")).find_load() is None
+    assert open_database(f"{postgres.url(user='plus')}&password=a+b").find_load() is None
+    with pytest.raises(ServerError, match="refuses this user or password"):
+        open_database(f"{postgres.url(user='plus')}&password=a%20b")
+
+
+def test_what_a_postgresql_does_not_let_one_do_is_named(postgres: Postgres, kept: VectorStore) -> None:
+    import psycopg
+
+    postgres.execute("CREATE ROLE poor LOGIN")
+    with pytest.raises(ServerError, match=r"does not let this user do that: permission denied for schema .*CREATE on"):
+        load_database(kept, postgres.url(user="poor"), CONFIG)
+    with pytest.raises(ServerError, match=r'There is no such database: .*"nowhere" does not exist\. Look at the URL'):
+        open_database(postgres.url(database="nowhere"))
+    url, held = postgres.url(), list[Any]()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(psycopg.OperationalError):
+            while True:
+                held.append(stack.enter_context(psycopg.connect(postgres.url().partition("&name")[0])))
+        with pytest.raises(
+            ServerError, match=r"has no connection left: .*too many clients already\. .*max_connections"
+        ):
+            open_database(url)
+    assert len(held) > 50
+
+
+def test_who_may_read_a_load_may_read_the_next(postgres: Postgres, kept: VectorStore) -> None:
+    url = postgres.url()
+    name = read_address(url).name
+    load_database(kept, url, CONFIG)
+    postgres.execute(
+        f"CREATE ROLE reader LOGIN; GRANT SELECT ON {name} TO reader; GRANT SELECT ON {name}__shards TO PUBLIC"
+    )
+    reader = DatabaseIndex.open(postgres.url(name, user="reader"), kept)
+    load_database(kept, url, replace(CONFIG, rebuild=True))
+    for index in (reader, DatabaseIndex.open(postgres.url(name, user="reader"), kept)):
+        index._next_look = 0
+        require_found(index, kept)
+        assert index.answered_exactly == 0
+    with pytest.raises(ServerError, match="does not let this user do that: permission denied for table"):
+        reader.database.add(reader.load, np.array([1]), ["x"], np.zeros((1, SIZE), np.float32), [[]])
+
+
+def test_a_milvus_that_refuses_a_token_is_named(milvus: Milvus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def require_refusal(url: str) -> None:
+        with pytest.raises(ServerError, match=r"refuses this user or password: .*Look at the URL and MILVUS_TOKEN"):
+            open_database(url)
+
+    for token in ("root:hush", "nobody:hush", ":hush", ""):
+        require_refusal(milvus.url(token=token))
+    monkeypatch.setenv("MILVUS_TOKEN", "root:hush")
+    require_refusal(milvus.url(token=""))
+    monkeypatch.setenv("MILVUS_TOKEN", MILVUS_TOKEN)
+    assert open_database(milvus.url(token="")).find_load() is None
+
+
+def test_what_milvus_says_is_shown_without_the_password(milvus: Milvus, monkeypatch: pytest.MonkeyPatch) -> None:
     import pymilvus
 
-    def refuse(**options: Any) -> None:
-        assert options["token"] == "root:hush"
-        raise pymilvus.MilvusException(
-            message="auth check failure, please check username [root] and password root:hush"
-        )
+    said = pymilvus.MilvusException(message=f"no connection for {MILVUS_TOKEN}")
+    monkeypatch.setenv("MILVUS_TOKEN", MILVUS_TOKEN)
+    for token in (MILVUS_TOKEN, ""):
+        database = open_database(milvus.url(token=token))
+        monkeypatch.setattr(database._client, "list_collections", lambda **_: _throw(said))  # type: ignore[attr-defined]
+        with pytest.raises(ServerError, match=r"does not answer: no connection for .*\*\*\*") as refused:
+            database.list_halves()
+        assert "Milvus" not in str(refused.value).partition("no connection")[2]
 
-    monkeypatch.setattr(pymilvus, "MilvusClient", refuse)
-    with pytest.raises(ServerError, match="refuses this user or password") as refused:
-        open_database("milvus://root:hush@127.0.0.1:1/x")
-    assert "hush" not in str(refused.value)
-    monkeypatch.setenv("MILVUS_TOKEN", "root:hush")
-    with pytest.raises(ServerError, match="refuses this user or password") as refused:
-        open_database("milvus://127.0.0.1:1/x")
-    assert "hush" not in str(refused.value)
+
+def _throw(error: Exception) -> None:
+    raise error
 
 
 def test_a_server_without_pgvector_or_with_an_old_one_is_named(
@@ -522,11 +621,10 @@ def test_a_server_without_pgvector_or_with_an_old_one_is_named(
         open_database(postgres.url())
 
 
-@pytest.mark.parametrize("server", ["milvus"], indirect=True)
-def test_an_old_milvus_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_milvus_is_named(milvus: Milvus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pairdr.indexes.milvus._LEAST_VERSION", (9, 0))
     with pytest.raises(ServerError, match=r"Milvus v?2\.\S+ is too old: arrays came with 9\.0"):
-        open_database(server.url())
+        open_database(milvus.url())
 
 
 def test_a_full_server_is_named_and_the_load_goes_on_later(
@@ -556,7 +654,7 @@ def test_a_full_milvus_is_named(server: Server, kept: VectorStore, monkeypatch: 
             code=9, message="quota exceeded[reason=disk quota exceeded, please allocate more]"
         )
 
-    monkeypatch.setattr(pymilvus.MilvusClient, "insert", refuse)
+    monkeypatch.setattr(pymilvus.MilvusClient, "upsert", refuse)
     with pytest.raises(ServerError, match=r"The server is full: quota exceeded"):
         load_database(kept, server.url(), CONFIG)
 
@@ -707,6 +805,35 @@ def test_a_frozen_server_is_not_waited_for(
     require_found(index, kept)
 
 
+def test_a_load_does_not_wait_for_a_frozen_server_for_ever(
+    postgres: Postgres, kept: VectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, add, frozen = postgres.url(), load_stage._add_rows, list[int]()
+
+    def freeze(*arguments: Any) -> None:
+        query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pairdr'"
+        frozen.extend(pid for (pid,) in postgres.execute(query))
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        add(*arguments)
+
+    monkeypatch.setattr(pgvector, "_SILENCE", 0.2)
+    monkeypatch.setattr(load_stage, "_add_rows", freeze)
+    try:
+        with pytest.raises(ServerError, match="The server does not answer"):
+            load_database(kept, url, CONFIG)
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+    monkeypatch.undo()
+    for _ in range(50):  # until the lock of the connection that was frozen is gone
+        with contextlib.suppress(BusyError):
+            require_found(load_database(kept, url, CONFIG), kept)
+            return
+        time.sleep(0.1)
+    pytest.fail("the load does not go on")
+
+
 def test_while_a_server_is_away_exact_search_answers_and_says_so_once(
     postgres: Postgres, kept: VectorStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -804,10 +931,11 @@ def call(*arguments: object) -> int:
     return int(end.value.code or 0)
 
 
+@pytest.mark.parametrize("server", ["postgres", "lite"], indirect=True)
 def test_the_commands_take_urls(
-    postgres: Postgres, toy: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, toy: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url, model = postgres.url(), ("--start", tiny_model)
+    url, model = server.url(), ("--start", tiny_model)
     assert call("encode", toy, "-o", tmp_path / "v", *model) == 0
     options = ("--recall-depth", 10, "--rebuild", "--data", toy, *model)
     capsys.readouterr()
@@ -820,17 +948,59 @@ def test_the_commands_take_urls(
     found = [json.loads(line)["passage_id"] for line in capsys.readouterr().out.splitlines()]
     assert call("search", tmp_path / "v", "which river runs through Kendal", "--json", *model) == 0
     assert found == [json.loads(line)["passage_id"] for line in capsys.readouterr().out.splitlines()]
-    for name, index in (("run", ("--index", url)), ("exact", ())):
-        assert call("search", tmp_path / "v", "--data", toy, "-o", tmp_path / name, *index, *model) == 0
-    capsys.readouterr()
-    measured = []
-    for name in ("run", "exact"):
+    assert call("index", tmp_path / "v", "-o", tmp_path / "hnsw", "--index-kind", "hnsw", *options[:2]) == 0
+    measured, described = [], []
+    for name, index in (("run", ("--index", url)), ("exact", ()), ("faiss", ("--index", tmp_path / "hnsw"))):
+        assert call("search", tmp_path / "v", "--data", toy, "-k", 100, "-o", tmp_path / name, *index, *model) == 0
+        described.append(read_manifest(tmp_path / name).facts.get("index"))
+        capsys.readouterr()
         assert call("evaluate", tmp_path / name / "run.trec", toy / "qrels" / "test.tsv", "--json") == 0
-        measured.append(json.loads(capsys.readouterr().out))
-    assert measured[0] == pytest.approx(measured[1], abs=0.05)
+        measured.append(capsys.readouterr().out)
+        assert call("evaluate", tmp_path / "v", "--data", toy, "-o", tmp_path / "e", "--json", *index, *model) == 0
+        assert capsys.readouterr().out == measured[-1]  # at once
+        assert read_manifest(tmp_path / "e.run").facts.get("index") == described[-1]
+    assert json.loads(measured[0]) == pytest.approx(json.loads(measured[1]), abs=0.05)
+    for arguments, said in (
+        (("v", toy / "qrels" / "test.tsv"), "measured by the labels of a split. Name --data"),
+        (("v", "--data", toy, "--answers", toy), "measured by the labels of a split. Name --data"),
+        (("run", toy / "qrels" / "test.tsv", "--index", url), "searched already. Leave --index and --start out"),
+    ):
+        assert call("evaluate", tmp_path / arguments[0], *arguments[1:]) == 2
+        assert said in capsys.readouterr().err
+    place, facts = read_address(url).shown, describe_database(url)
+    assert described == [
+        {"place": place, "revision": facts["revision"], "effort": facts["effort"], "answered_exactly": 0},
+        None,
+        {"place": str(tmp_path / "hnsw")}
+        | {"fingerprint": read_manifest(tmp_path / "hnsw").fingerprint}
+        | {"effort": read_manifest(tmp_path / "hnsw").facts["effort"]},
+    ]
     assert call("index", tmp_path / "v", "-o", tmp_path / "i", "--rebuild") == 2
     assert "always built anew" in capsys.readouterr().err
     assert call("index", tmp_path / "v", "-o", "mysql://host/x") == 2
+
+
+def test_a_run_says_what_exact_search_answered_in_place_of_its_database(
+    postgres: Postgres, kept: VectorStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = load_database(kept, postgres.url(user="postgres:hush"), CONFIG)
+    texts = [f"w{number} t{number % 9}\n" for number in range(300)]  # more than a block
+    (tmp_path / "questions.txt").write_text("".join(texts), encoding="utf-8")
+    search = type(index.database).search
+    asked: list[int] = []
+
+    def be_away_later(*arguments: Any) -> Any:
+        asked.append(1)
+        return search(*arguments) if len(asked) == 1 else _be_away()
+
+    monkeypatch.setattr(type(index.database), "search", be_away_later)
+    run = answer_questions(
+        Searcher(kept, ENCODER, index=index), tmp_path / "run", 5, queries=tmp_path / "questions.txt"
+    )
+    assert len(run) == 300
+    kept_of_it = (tmp_path / "run" / "manifest.json").read_text(encoding="utf-8")
+    assert json.loads(kept_of_it)["facts"]["index"]["answered_exactly"] == 300 - SearchConfig().query_block
+    assert "hush" not in kept_of_it
 
 
 def test_the_service_follows_a_database(

@@ -178,3 +178,21 @@ def test_a_run_that_lost_a_rank_goes_on_to_the_weights_of_one_that_did_not(
     assert any(re.search(r"pairdr: going on after step \d", errors) for _, errors in done)
     weights = [read_manifest(p.output).facts["weights_sha256"] for p in (whole, broken)]
     assert weights[0] == weights[1]
+
+
+def test_what_another_number_of_ranks_has_finished_is_neither_trained_anew_nor_thrown_away(
+    place: Place, whole: Place, tmp_path: Path
+) -> None:
+    broken = at(place, tmp_path / "broken")
+    first, checkpoints = (broken.output.with_name(f"model.{name}") for name in ("stage1", "checkpoints"))
+    done = train_on_nodes(broken, broken, kill_after=checkpoints)
+    assert all(code != 0 for code, _ in done)
+    made, left = read_manifest(first).fingerprint, sorted(checkpoints.iterdir())
+    alone = train_alone(broken, batch=4)
+    assert alone.returncode == 2
+    said = "This training was begun with 2 ranks and cannot go on exactly with 1. Start 2 ranks, or delete"
+    assert f"pairdr: {first}: {said} {first} to begin anew." in alone.stderr
+    assert (read_manifest(first).fingerprint, sorted(checkpoints.iterdir())) == (made, left)
+    finished = at(place, Path(shutil.copytree(whole.output.parent, tmp_path / "finished")))
+    assert train_alone(finished, batch=4).returncode == 2
+    assert read_manifest(finished.output).fingerprint == read_manifest(whole.output).fingerprint

@@ -88,7 +88,7 @@ def read_address(url: str) -> Address:
 
 
 def _read_postgres(parts: SplitResult) -> Address:
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    options = _read_options(parts)
     name = options.pop("name", NAME)
     kept = {key: value for key, value in options.items() if key not in _SECRETS} | {"name": name}
     # Put together by hand: urllib drops the // of a URL without a host, and writes a space as +, which libpq keeps.
@@ -99,7 +99,7 @@ def _read_postgres(parts: SplitResult) -> Address:
 
 
 def _read_milvus(parts: SplitResult) -> Address:
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    options = _read_options(parts)
     secure = options.pop("secure", "false")
     name = parts.path.strip("/") or NAME
     shown = f"milvus://{_hide(parts)}/{name}"
@@ -113,7 +113,7 @@ def _read_milvus(parts: SplitResult) -> Address:
 
 
 def _read_lite(parts: SplitResult) -> Address:
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    options = _read_options(parts)
     name, path = options.pop("name", NAME), unquote(parts.path)
     if parts.netloc or options or not path.endswith(".db"):
         raise UsageError(
@@ -122,6 +122,11 @@ def _read_lite(parts: SplitResult) -> Address:
             remedy="Write milvus-lite:///PATH/FILE.db?name=NAME, with three slashes and .db.",
         )
     return Address("milvus-lite", path, "", name, f"milvus-lite://{quote(path)}?name={name}")
+
+
+def _read_options(parts: SplitResult) -> dict[str, str]:
+    """Return the parameters of a URL. A + is a plus, as libpq has it, and no space."""
+    return dict(parse_qsl(parts.query.replace("+", "%2B"), keep_blank_values=True))
 
 
 def _hide(parts: SplitResult) -> str:

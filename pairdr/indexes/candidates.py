@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,7 @@ class CandidateIndex(ABC):
         store: what it was built from, in this or a later version.
         effort: how hard it searches, as it was tuned.
         changed: share of the store's live rows that the index does not know, and of its own that were deleted.
+        origin: where it stands, and which it is.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class CandidateIndex(ABC):
             rebuild_share: share of changed rows from which it should be built anew.
             threads: of a search; None is all.
         """
-        self.store, self.effort, self.changed = store, effort, 0.0
+        self.store, self.effort, self.changed, self.origin = store, effort, 0.0, dict[str, str]()
         self._depth, self._rebuild_share, self._threads = depth, rebuild_share, threads
 
     @property
@@ -102,6 +103,10 @@ class CandidateIndex(ABC):
         if lacking.any():
             rows[lacking], scores[lacking] = self._search_exactly(queries[lacking], k, chosen.rows)
         return rows, scores
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a run keeps of how it was searched."""
+        return self.origin | {"effort": asdict(self.effort)}
 
     def search_known(self, queries: Scores, k: int) -> tuple[Rows, Scores]:
         """Return what the index itself finds, as `search`: nothing of the delta, and too few where it finds too few."""

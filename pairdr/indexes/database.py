@@ -39,6 +39,7 @@ class DatabaseIndex(CandidateIndex):
         database: the engine.
         load: what is searched.
         facts: of it.
+        answered_exactly: questions that exact search answered, since the database could not.
     """
 
     def __init__(self, database: Database, load: str, store: VectorStore, *, threads: int | None = None) -> None:
@@ -46,6 +47,7 @@ class DatabaseIndex(CandidateIndex):
         super().__init__(store, Effort(1, 1), 1, threads=threads)
         self._lock = threading.RLock()
         self._next_look, self._unsaid, self._usable = 0.0, True, True
+        self.answered_exactly = 0
         self._read()
 
     @classmethod
@@ -80,7 +82,12 @@ class DatabaseIndex(CandidateIndex):
                         return super().search(queries, k, allowed, filters)
             except (ServerError, ArtefactError) as error:
                 self._rest(error)
+            self.answered_exactly += len(queries)
             return self._search_exactly(queries, k, self._choose(allowed).rows)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a run keeps of how it was searched."""
+        return super().describe() | {"answered_exactly": self.answered_exactly}
 
     @property
     def _has_index(self) -> bool:
@@ -128,7 +135,7 @@ class DatabaseIndex(CandidateIndex):
         require_store(facts, shards, self.store, self.database.place)
         live = {shard.name: describe_live(self.store, shard) for shard in self.store.shards}
         covered = sorted(held for held in shards if held.name not in live or _has_all(held, *live[held.name]))
-        self.facts = facts
+        self.facts, self.origin = facts, {"place": self.database.place, "revision": facts["revision"]}
         self.effort, self._depth = Effort(**facts["effort"]), facts["recall_depth"]
         self._rebuild_share = facts["rebuild_share"]
         self._numbers = np.array([held.number for held in covered], dtype=np.int64)

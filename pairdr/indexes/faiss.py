@@ -75,7 +75,7 @@ class FaissIndex(CandidateIndex):
         manifest, index = _read_index(Path(folder))
         facts = manifest.facts
         _require_store(manifest, store, Path(folder))
-        return cls(
+        found = cls(
             index,
             facts["kind"],
             [(name, count) for name, count in facts["shards"]],
@@ -85,6 +85,8 @@ class FaissIndex(CandidateIndex):
             rebuild_share=manifest.options["rebuild_share"],
             threads=threads,
         )
+        found.origin = {"place": str(folder), "fingerprint": manifest.fingerprint}
+        return found
 
     @property
     def _has_index(self) -> bool:

@@ -60,6 +60,7 @@ class MilvusDatabase:
         self.place, self.name = address.shown, address.name
         self._dimensions: dict[str, int] = {}
         self._loaded: set[str] = set()
+        self._is_loading = False
         token = address.token or os.environ.get("MILVUS_TOKEN", "")
         if token:
             self._address = replace(address, secrets=(*address.secrets, token, token.partition(":")[2] or token))
@@ -76,8 +77,12 @@ class MilvusDatabase:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Do nothing: Milvus has no locks, so one load of a name has to be run at a time."""
-        yield
+        """Wait as long as it takes while the block runs. Milvus has no locks: others of this name are not kept out."""
+        self._is_loading = True
+        try:
+            yield
+        finally:
+            self._is_loading = False
 
     def find_load(self) -> str | None:
         """Return the load that the name holds, or None."""
@@ -92,7 +97,8 @@ class MilvusDatabase:
             )
         if load is not None and load not in self._loaded:
             with self._ask():
-                self._client.load_collection(load)  # Milvus Lite has let go of it where its file was closed
+                # Milvus Lite has let go of it where its file was closed, a server where it was started again.
+                self._client.load_collection(load, **self._patience)
             self._loaded.add(load)
         return load
 
@@ -171,7 +177,8 @@ class MilvusDatabase:
                 )
             ]
             with self._ask():
-                added = self._client.insert(load, rows, partition_name=ROWS, retry_times=_RETRIES)["insert_count"]
+                # Not insert: a call that is tried again, or another load, may have sent the same rows.
+                added = self._client.upsert(load, rows, partition_name=ROWS, retry_times=_RETRIES)["upsert_count"]
             if added != len(rows):
                 raise ServerError(
                     f"The server took {added} of {len(rows)} rows.", path=self.place, remedy="Run it again."
@@ -196,6 +203,11 @@ class MilvusDatabase:
                 if pending != left:
                     left, since = pending, time.monotonic()
                 time.sleep(0.2)
+        raise ServerError(
+            f"The server has built nothing of its graph for {_STALL:.0f} seconds; {left} rows are left.",
+            path=self.place,
+            remedy="Look into its log, and run it again: it goes on where it stopped.",
+        )
 
     def publish(self, load: str) -> None:
         """Let the name hold this load, and drop the one that it held."""
@@ -232,7 +244,7 @@ class MilvusDatabase:
                     search_params={"params": {"ef": max(queue, depth)}},
                     partition_names=[ROWS],
                     consistency_level="Bounded",
-                    timeout=_WAIT,
+                    **self._patience,
                 )
                 for line, ids in enumerate((one.ids for one in hits), start=at):
                     found[line, : len(ids)] = ids
@@ -250,6 +262,11 @@ class MilvusDatabase:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
+
+    @property
+    def _patience(self) -> dict[str, Any]:
+        """Return how long an answer is waited for. Nobody waits for the searches that a load is tuned by."""
+        return {"retry_times": _RETRIES} if self._is_loading else {"timeout": _WAIT}
 
     def _resolve(self) -> str | None:
         try:
@@ -269,7 +286,7 @@ class MilvusDatabase:
                     output_fields=fields,
                     partition_names=[partition],
                     consistency_level="Strong" if fresh else "Bounded",
-                    timeout=_WAIT,
+                    **self._patience,
                     **limit,
                 )
             )
@@ -319,13 +336,19 @@ class MilvusDatabase:
             raise self._explain(error, _describe(error)) from error
 
     def _explain(self, error: BaseException, said: str) -> Exception:
-        code, lines = getattr(error, "code", None), self._address.hide(said).strip().splitlines()
+        refusal, code = _find_refusal(error), getattr(error, "code", None)
+        lines = self._address.hide(refusal or said).strip().splitlines()
         said = lines[0].rstrip(".") if lines else type(error).__name__
-        if re.search(r"(?i)unauthenticated|auth check fail|invalid password|permission deny|not authenticated", said):
+        if refusal or re.search(r"(?i)auth check fail|permission deny|not authenticated", said):
             what, remedy = "The server refuses this user or password", "Look at the URL and MILVUS_TOKEN"
         elif re.search(r"(?i)quota|disk|memory limit|no space|deny to write|resource insufficient", said):
             what, remedy = "The server is full", "Free some space there, and run it again: it goes on where it stopped"
-        elif code == 100 or re.search(r"(?i)(collection|alias) .*(not found|not exist)|not loaded", said):
+        elif re.search(r"(?i)not (fully )?loaded|on recovering|loading collection timeout", said):
+            self._loaded.clear()  # asked for again at the next look
+            return ServerError(
+                "The server is still loading these vectors.", path=self.place, remedy="Wait until it has them."
+            )
+        elif code == 100 or re.search(r"(?i)(collection|alias) .*(not found|not exist)", said):
             return MovedError("The load is gone.", path=self.place, remedy="Run pairdr index again.")
         elif "Open local milvus failed" in said:
             what, remedy = "The file cannot be opened", "Milvus Lite serves one process: another may have it open"
@@ -334,6 +357,21 @@ class MilvusDatabase:
         else:
             what, remedy = "The server refuses", "Look into its log"
         return ServerError(f"{what}: {said}.", path=self.place, remedy=f"{remedy}.")
+
+
+def _find_refusal(error: BaseException | None) -> str:
+    """Return what the server said to somebody whom it does not let in, or "".
+
+    pymilvus says only that there is no connection; the answer itself stands behind that, as the cause.
+    """
+    import grpc
+
+    seen = None
+    while error is not None and error is not seen:  # pymilvus also raises errors from themselves
+        if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            return _describe(error)
+        seen, error = error, error.__cause__
+    return ""
 
 
 def _describe(error: BaseException) -> str:

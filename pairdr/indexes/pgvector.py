@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from psycopg.sql import Composed
 
 _PATIENCE, _PATIENCE_EACH = 5.0, 0.2  # seconds for an answer, and more for each question of a search
+_SILENCE = 60.0  # seconds in which a load wants an answer, and ten times that for each block of rows
 _WIDTH = 100  # of the queue in which a graph's neighbours are looked for while it is built
 _MOST_SINGLE, _MOST_HALF = 2000, 4000  # dimensions of fp32 and of fp16 vectors that pgvector indexes
 _OPERATORS = {"cosine": ("<=>", "cosine_ops"), "dot": ("<#>", "ip_ops")}
@@ -57,7 +58,7 @@ class PostgresDatabase:
     def hold(self) -> Iterator[None]:
         """Keep other loads of this name out while the block runs."""
         key = f"pairdr:{self.name}"
-        with self._ask() as connection:
+        with self._ask(within=_SILENCE) as connection:
             row = connection.execute("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", (key,)).fetchone()
         if row is None or not row[0]:
             raise BusyError(self.place)
@@ -66,7 +67,7 @@ class PostgresDatabase:
             yield
         finally:
             self._is_loading = False
-            with contextlib.suppress(ServerError), self._ask() as connection:
+            with contextlib.suppress(ServerError), self._ask(within=_SILENCE) as connection:
                 connection.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", (key,))
 
     def find_load(self) -> str | None:
@@ -88,7 +89,7 @@ class PostgresDatabase:
 
     def list_halves(self) -> list[str]:
         """Return loads of this name that were begun and never published."""
-        with self._ask() as connection:
+        with self._ask(within=_SILENCE) as connection:
             rows = connection.execute(
                 "SELECT relname FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r' "
                 "AND relname ~ %s ORDER BY 1",
@@ -105,7 +106,7 @@ class PostgresDatabase:
                 f"pgvector indexes at most {_MOST_HALF} dimensions; these vectors have {dimensions}.",
                 remedy="Cut them with a Matryoshka model, or use Milvus.",
             )
-        with self._ask() as connection, connection.transaction():
+        with self._ask(within=_SILENCE) as connection, connection.transaction():
             if _read_comment(connection, self._table(load)) is not None:
                 return
             connection.execute(
@@ -133,7 +134,7 @@ class PostgresDatabase:
 
     def write_facts(self, load: str, facts: Facts) -> None:
         """Replace the facts of a load."""
-        with self._ask() as connection:
+        with self._ask(within=_SILENCE) as connection:
             self._comment(connection, load, {"load": load} | facts)
 
     def read_shards(self, load: str) -> list[Held]:
@@ -144,7 +145,7 @@ class PostgresDatabase:
 
     def note_shard(self, load: str, held: Held) -> None:
         """Write or replace the note of a shard."""
-        with self._ask() as connection:
+        with self._ask(within=_SILENCE) as connection:
             connection.execute(
                 self._say(
                     "INSERT INTO {shards} VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (number) DO UPDATE SET "
@@ -156,12 +157,12 @@ class PostgresDatabase:
 
     def forget_shard(self, load: str, number: int) -> None:
         """Remove the note of a shard."""
-        with self._ask() as connection:
+        with self._ask(within=_SILENCE) as connection:
             connection.execute(self._say("DELETE FROM {shards} WHERE number = %s", load), (number,))
 
     def list_keys(self, load: str, number: int, count: int) -> Rows:
         """Return the keys [n] of a shard's rows that are there, in order."""
-        with self._ask() as connection:
+        with self._ask(within=10 * _SILENCE) as connection:
             query = self._say("SELECT key FROM {table} WHERE key >= %s AND key < %s ORDER BY key", load)
             rows = connection.execute(query, key_range(number)).fetchall()
         return np.array(rows, dtype=np.int64).reshape(-1)
@@ -169,7 +170,8 @@ class PostgresDatabase:
     def add(self, load: str, keys: Rows, ids: Sequence[str], vectors: Scores, marks: Marks) -> None:
         """Add rows."""
         column = self._find_form(load).column
-        with self._ask() as connection, connection.transaction(), connection.cursor() as cursor:
+        within = 10 * _SILENCE  # rows also go into the graph, where there is one
+        with self._ask(within) as connection, connection.transaction(), connection.cursor() as cursor:
             with np.errstate(over="ignore"):
                 numbers = vectors.astype(">f2" if column == "halfvec" else ">f4")
             if not np.isfinite(numbers).all():
@@ -215,6 +217,8 @@ class PostgresDatabase:
         old = self.find_load()
         with self._ask() as connection, connection.transaction():
             if old is not None:
+                for kind in ("", "__shards"):
+                    _copy_grants(connection, self._table(old) + kind, load + kind)
                 connection.execute(self._say("DROP TABLE {table}, {shards}", old))
             connection.execute(self._say("ALTER TABLE {table} RENAME TO {name}", load))
             connection.execute(self._say("ALTER TABLE {shards} RENAME TO {name_shards}", load))
@@ -321,6 +325,20 @@ def _read_comment(connection: Connection[Any], table: str) -> tuple[str | None] 
         "SELECT obj_description(oid, 'pg_class') FROM pg_class WHERE oid = to_regclass(%s)", (f'"{table}"',)
     ).fetchone()
     return None if row is None else (row[0],)
+
+
+def _copy_grants(connection: Connection[Any], old: str, new: str) -> None:
+    """Let those read, or whatever else they may, a new table who may the old one."""
+    from psycopg import sql
+
+    rows = connection.execute(
+        "SELECT grantee, pg_get_userbyid(grantee), privilege_type FROM pg_class, aclexplode(relacl) "
+        "WHERE pg_class.oid = to_regclass(%s)",
+        (f'"{old}"',),
+    ).fetchall()
+    for number, role, right in rows:
+        who = sql.Identifier(role) if number else sql.SQL("PUBLIC")
+        connection.execute(sql.SQL("GRANT {} ON {} TO {}").format(sql.SQL(right), sql.Identifier(new), who))
 
 
 def _read_facts(comment: str | None) -> Facts:

@@ -21,6 +21,36 @@ if TYPE_CHECKING:
 _EXTENSION = "vector"
 _LEAST_VERSION = (0, 8)  # iterative scans
 _WAIT = 5  # seconds for a connection
+_ROUTE = "postgresql://?keepalives_idle=30&keepalives_interval=10&keepalives_count=3&tcp_user_timeout=60000"
+"""A route that is lost is noticed after a minute, where a URL says nothing else."""
+_CAUSES = (
+    (
+        "28",
+        r"password|authentication|no pg_hba.conf entry|role .* does not exist",
+        "The server refuses this user or password",
+        "Look at the URL, PGUSER and PGPASSWORD",
+    ),
+    ("3D000", r"database .* does not exist", "There is no such database", "Look at the URL, or create it"),
+    (
+        "53300",
+        r"too many (clients|connections)|connection slots are reserved",
+        "The server has no connection left",
+        "End some, or raise max_connections",
+    ),
+    (
+        "42501",
+        r"permission denied",
+        "The server does not let this user do that",
+        "A load needs CREATE on the schema, a search SELECT on both tables",
+    ),
+    (
+        "53",
+        r"No space left",
+        "The server is full",
+        "Free some space there, and run it again: it goes on where it stopped",
+    ),
+)
+"""How a state begins, or words where there is none, as while a connection is made; what to say, and the way out."""
 
 
 class PostgresServer:
@@ -87,9 +117,10 @@ class PostgresServer:
             )
 
     def _connect(self) -> Connection[Any]:
-        from psycopg.conninfo import make_conninfo
+        from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-        target = make_conninfo(self._address.target, connect_timeout=_WAIT, application_name="pairdr")
+        given: Any = conninfo_to_dict(self._address.target)
+        target = make_conninfo(_ROUTE, **given | {"connect_timeout": _WAIT, "application_name": "pairdr"})
         # Prepared statements do not outlive a transaction behind a pooler.
         connection = self._psycopg.connect(target, autocommit=True, prepare_threshold=None)
         weakref.finalize(self, connection.close)  # who forgets us leaves no connection
@@ -100,16 +131,15 @@ class PostgresServer:
         said, broken = self._address.hide(said), self._open is None or self._open.broken
         if broken:
             self._open = None
+        known = [
+            (what, way) for begin, words, what, way in _CAUSES if state.startswith(begin) or re.search(words, said)
+        ]
+        if state == "42P01":
+            return MovedError("The load is gone.", path=self.place, remedy="Run pairdr index again.")
         if isinstance(error, self._psycopg.ProgrammingError) and not state:
             what, remedy = "This URL cannot be used", "Write postgresql://USER@HOST:5432/DATABASE?name=NAME"
-        elif (
-            re.search(r"password|authentication|no pg_hba.conf entry|role .* does not exist", said) or state[:2] == "28"
-        ):
-            what, remedy = "The server refuses this user or password", "Look at the URL, PGUSER and PGPASSWORD"
-        elif state == "42P01":
-            return MovedError("The load is gone.", path=self.place, remedy="Run pairdr index again.")
-        elif state[:2] == "53" or "No space left" in said:
-            what, remedy = "The server is full", "Free some space there, and run it again: it goes on where it stopped"
+        elif known:
+            what, remedy = known[0]
         elif broken or state[:2] in ("08", "57") or not state:
             what, remedy = "The server does not answer", "Look whether it runs, and at host, port and database"
         else:

@@ -112,6 +112,10 @@ class ShardedIndex:
             workers = workers or len(_list_processors())
         return cls(store, workers or 1, threads=config.search_threads, on=config.on)
 
+    def describe(self) -> dict[str, Any]:
+        """Return what a run keeps of how it was searched."""
+        return {"workers": len(self.workers)}
+
     def search(
         self, queries: Scores, k: int, allowed: Allowed | None = None, filters: object = None
     ) -> tuple[Rows, Scores]:
