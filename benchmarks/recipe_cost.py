@@ -12,12 +12,12 @@ weights the larger body has. Texts count as full, so real ones cost less. Hours 
 from __future__ import annotations
 
 import argparse
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pairdr.config import RunConfig, change_options
+from pairdr.config import RunConfig
+from pairdr.origin import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
 MINILM_WEIGHTS = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
@@ -77,7 +77,7 @@ MEASURED = Speeds(
 
 
 def list_lines(config: RunConfig, sizes: Sizes, speeds: Speeds) -> Iterator[Line | str]:
-    """Yield the steps, and headings between them."""
+    """Yield the steps, and headings between them; of PAIR alone, in one round."""
     train, model = config.train, config.model
     row = model.query_length + (1 + train.train_negatives) * model.passage_length  # tokens
     epochs, pair = train.num_train_epochs, config.teach.cross_encoder_length
@@ -99,6 +99,9 @@ def list_lines(config: RunConfig, sizes: Sizes, speeds: Speeds) -> Iterator[Line
     yield Line("train the cross-encoder", cross * pair, speeds.cross)
     yield Line("score, labelled queries", sizes.queries * depth * pair, speeds.score)
     yield Line("score, a million of the pool", MILLION * depth * pair, speeds.score)
+    # Above, stage 1 reads the pseudo-labelled rows and stage 2 the labelled ones, as theirs; in `run` both read both.
+    yield Line("train, labelled, in the other stage", sizes.queries * epochs * row, speeds.train)
+    yield Line("train, a million, in the other stage", MILLION * epochs * row, speeds.train)
 
 
 def list_places(config: RunConfig, sizes: Sizes) -> Iterator[tuple[str, float]]:
@@ -125,7 +128,7 @@ def list_places(config: RunConfig, sizes: Sizes) -> Iterator[tuple[str, float]]:
 
 def print_costs(path: Path, speeds: Speeds) -> None:
     """Print the table of one recipe."""
-    config = change_options(RunConfig(), tomllib.loads(path.read_text(encoding="utf-8")))
+    config = parse_options(path.read_text(encoding="utf-8"))
     sizes = SIZES[path.stem]
     print(f"{path.name:40}{'tokens':>10}{'hours':>10}{f'at {ROUND_SPEED:,}/s':>16}")
     for line in list_lines(config, sizes, speeds):
@@ -148,6 +151,10 @@ def main() -> None:
     for name, default in vars(MEASURED).items():
         parser.add_argument(f"--{name}", type=float, default=default)
     options = parser.parse_args()
+    unknown = next((path for path in options.recipes if path.stem not in SIZES), None)
+    if unknown is not None:
+        known = " and ".join(f"{name}.toml" for name in SIZES)
+        parser.error(f"{unknown}: how large its data are is not known here, only those of {known}")
     speeds = Speeds(**{name: getattr(options, name) for name in vars(MEASURED)})
     print(f"tokens/s: {speeds.train:.0f} training, {speeds.cross:.0f} training the cross-encoder, ", end="")
     print(f"{speeds.encode:.0f} encoding, {speeds.score:.0f} scoring")

@@ -7,26 +7,31 @@ be edited: the manifest does not name it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pairdr.artefact import UNSEALED, Manifest, read_manifest
 from pairdr.collection import Collection
-from pairdr.config import EvaluateConfig
-from pairdr.encoder import describe_use, is_edited, sign_card
+from pairdr.config import EvaluateConfig, StageConfig
 from pairdr.files import replace_file
 from pairdr.measures import PerQuery, find_interval
-from pairdr.sources.minilm import HUB_NAME
+from pairdr.options import Options
+from pairdr.readme import describe_use, format_command, is_edited, name_start, sign_card
 from pairdr.table import TITLES, Table, read_table, read_values, say_p
 from pairdr.tokens import Contract
+from pairdr.train import list_places
 
 _LIMITS = """## Intended use and limits
 
-To find the passages of a corpus like the one above that answer a question. It was measured on questions of that data
-set alone: other domains, languages and longer texts need a measurement of their own (`pairdr evaluate`, `pairdr
-compare`). It finds passages; whether they are true, it does not know. Biases of the start model and of the data remain.
+To find the passages of a corpus like the one above that answer a question. Measures, where there are any, are of
+questions of that data set alone: other domains, languages and longer texts need a measurement of their own (`pairdr
+evaluate`, `pairdr compare`). It finds passages; whether they are true, it does not know. Biases of the start model and
+of the data remain.
 """
+_UNMEASURED = "Not measured yet"
+_PAIR = "(Ren et al., Findings of ACL 2021)"
 _TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "dense-retrieval", "pairdr")
 
 
@@ -45,28 +50,66 @@ class Measured:
     intervals: dict[str, dict[str, tuple[float, float]]]
 
 
-def write_card(model: str | Path, start: str | Path, collection: Collection, measured: Measured | None = None) -> None:
+def write_card(
+    model: str | Path, start: str | Path, collection: Collection, command: str, measured: Measured | None = None
+) -> None:
     """Write the card of a trained model into its folder.
 
-    One that somebody edited stays as it is, and so does one of the same weights where nothing was measured anew.
+    One that somebody edited stays as it is. Where nothing was measured anew, the results of the same weights stay.
 
     Args:
         model: the model's folder.
         start: the folder of the model that it was trained from.
         collection: the data it was trained on.
-        measured: what is known of its quality; None says that nothing was measured.
+        command: what makes it again, as a shell takes it.
+        measured: what is known of its quality; None says that nothing was measured anew.
 
     Raises:
         ArtefactError: no model there.
     """
     manifest = read_manifest(model, "model")
-    base = str(read_manifest(start, "model").options.get("start", ""))
-    text = sign_card(format_card(manifest, _name_start(base), collection, measured))
-    path = Path(model) / UNSEALED
-    present = path.read_text(encoding="utf-8") if path.is_file() else ""
-    is_known = measured is None and manifest.facts["weights_sha256"] in present
-    if not is_known and not (present and is_edited(present)):
-        replace_file(path, text)
+    present = _read_card(model)
+    if present and is_edited(present):
+        return
+    results = _format_results(measured)
+    if measured is None and manifest.facts["weights_sha256"] in present:
+        results = _cut_results(present)
+    text = sign_card(format_card(manifest, read_manifest(start, "model"), collection, command, results))
+    if text != present:
+        replace_file(Path(model) / UNSEALED, text)
+
+
+def write_train_cards(
+    output: Path,
+    start: Path,
+    collection: Collection,
+    examples: Path,
+    stages: Sequence[StageConfig],
+    arm: str,
+    options: Sequence[Options],
+) -> None:
+    """Write the cards of what `pairdr train` has trained.
+
+    Args:
+        output: the folder of the last stage's model.
+        start: the folder of the model that training began from.
+        collection: the data.
+        examples: the folder of the examples.
+        stages: those that ran.
+        arm: what they are called together.
+        options: of data, model and training.
+    """
+    names = (collection.given_name, examples.resolve().name, "-o", output.resolve().name, "--arm", arm)
+    command = format_command(["pairdr", "train", *names], *options)
+    for place in list_places(output, stages):
+        write_card(place, start, collection, f"{command}  # makes {place.resolve().name}")
+
+
+def lacks_results(model: str | Path) -> bool:
+    """Return whether a model's card is as pairdr wrote it, and has no measures of these weights."""
+    present = _read_card(model)
+    weights = read_manifest(model, "model").facts["weights_sha256"]
+    return not (present and is_edited(present)) and (weights not in present or _UNMEASURED in present)
 
 
 def read_measured(report: str | Path, system: str, config: EvaluateConfig) -> Measured:
@@ -76,33 +119,53 @@ def read_measured(report: str | Path, system: str, config: EvaluateConfig) -> Me
     return Measured(system, table, intervals)
 
 
-def format_card(manifest: Manifest, base: str, collection: Collection, measured: Measured | None) -> str:
-    """Return a card as Markdown."""
+def format_card(manifest: Manifest, start: Manifest, collection: Collection, command: str, results: str) -> str:
+    """Return a card as Markdown.
+
+    Args:
+        manifest: of the model.
+        start: of the model that it was trained from.
+        collection: the data it was trained on.
+        command: what makes it again.
+        results: the section of what was measured.
+    """
     facts = manifest.facts
     contract = Contract(**facts["contract"])
     score = "cosine" if contract.similarity == "cosine" else "inner product"
-    way = "the PAIR way (Ren et al., Findings of ACL 2021), " if any(s["alpha"] for s in facts["stages"]) else ""
+    base = name_start(str(start.options.get("start", "")))
+    before = ", which pairdr had trained before" if start.facts.get("stages") else ""
     parts = [
         _format_header(base),
         f"# A dense passage retriever, trained by pairdr {manifest.pairdr_version}",
         f"It turns questions and passages into vectors of {contract.dimensions} numbers; the passages that answer a "
-        f"question are those with the highest {score}. It was trained {way}on the data set `{collection.name}`, from "
-        f"`{base or 'a model without a name'}`.",
+        f"question are those with the highest {score}. It was trained {_describe_way(facts['stages'])}on the data set "
+        f"`{collection.given_name}`, from `{base or 'a model without a name'}`{before}.",
         describe_use(contract),
-        _format_results(measured),
-        _format_training(facts),
-        _format_data(collection),
+        results,
+        _format_training(facts, start, base),
+        _format_data(collection, start, base),
         _LIMITS.rstrip(),
-        _format_origin(manifest),
+        _format_origin(manifest, command),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _name_start(start: str) -> str:
-    """Return what a start model is called elsewhere: a folder's place on this machine is nobody's business."""
-    if start == "minilm":
-        return HUB_NAME
-    return Path(start).name if Path(start).exists() or start.count("/") > 1 else start
+def _read_card(model: str | Path) -> str:
+    path = Path(model) / UNSEALED
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _cut_results(card: str) -> str:
+    """Return the section of results that a card has."""
+    return "## Results" + card.partition("## Results")[2].partition("\n\n## ")[0]
+
+
+def _describe_way(stages: list[dict[str, Any]]) -> str:
+    if not any(stage["alpha"] for stage in stages):
+        return ""
+    if stages[-1]["alpha"]:
+        return f"in the first of the two stages of PAIR {_PAIR} "
+    return f"the PAIR way {_PAIR}, "
 
 
 def _format_header(base: str) -> str:
@@ -115,7 +178,7 @@ def _format_header(base: str) -> str:
 
 def _format_results(measured: Measured | None) -> str:
     if measured is None:
-        return "## Results\n\nNot measured yet: `pairdr run` and `pairdr evaluate` do."
+        return f"## Results\n\n{_UNMEASURED}: `pairdr run` measures the models of its table, `pairdr evaluate` any."
     table = measured.table
     names = list(table.rows[0].means)
     lines = [
@@ -142,13 +205,13 @@ def _format_results(measured: Measured | None) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in table.notes)])
 
 
-def _format_training(facts: dict[str, Any]) -> str:
+def _format_training(facts: dict[str, Any], start: Manifest, base: str) -> str:
     lines = ["## Training", ""]
+    before = len(start.facts.get("stages", []))
     for number, stage in enumerate(facts["stages"], start=1):
         loss = f"(1 - {stage['alpha']:g}) L_Q + {stage['alpha']:g} L_P" if stage["alpha"] else "L_Q"
-        lines.append(
-            f"{number}. {stage['name'].replace('_', '-')}: {loss}, on the {' and '.join(stage['sources'])} rows"
-        )
+        rows = f"{' and '.join(stage['sources'])} rows" + (f", in `{base}`" if number <= before else "")
+        lines.append(f"{number}. {stage['name'].replace('_', '-')}: {loss}, on the {rows}")
     last = facts["summary"]
     lines += [
         "",
@@ -158,20 +221,27 @@ def _format_training(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _format_data(collection: Collection) -> str:
+def _format_data(collection: Collection, start: Manifest, base: str) -> str:
     licence = collection.config.licence or "not given; ask who made the data"
     labelled = len(collection.qrels("train"))
-    return (
-        f"## Data\n\n`{collection.name}`: {len(collection.passages)} passages, {labelled} labelled training queries, "
-        f"{len(collection.pool)} unlabelled ones. Licence of the data: {licence}. "
+    text = (
+        f"## Data\n\n`{collection.given_name}`: {len(collection.passages)} passages, {labelled} labelled training "
+        f"queries, {len(collection.pool)} unlabelled ones. Licence of the data: {licence}. "
         f"Fingerprint `{collection.fingerprint[:16]}`."
     )
+    if start.facts.get("stages"):
+        names = " and ".join(f"`{name}`" for name in start.options.get("trained_on", [])) or "data not recorded here"
+        text += f"\n\nThe stages of `{base}` were trained on {names}; its own card says more of them."
+    return text
 
 
-def _format_origin(manifest: Manifest) -> str:
+def _format_origin(manifest: Manifest, command: str) -> str:
+    ranks = manifest.options.get("ranks", 1)
+    launcher = f"torchrun --nproc_per_node {ranks} -m -- " if ranks > 1 else ""
     content = {"options": manifest.options, "inputs": manifest.inputs, "weights": manifest.facts["weights_sha256"]}
     return (
-        "## How it was made\n\nOptions of the last stage, fingerprints of what it read, and the sha256 of the weights; "
+        f"## How it was made\n\n```sh\n{launcher}{command}\n```\n\n"
+        "Options of the last stage, fingerprints of what it read, and the sha256 of the weights; "
         "`manifest.json` has them all.\n\n```json\n" + json.dumps(content, indent=1) + "\n```"
     )
 

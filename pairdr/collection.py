@@ -29,7 +29,7 @@ from pairdr.files import hash_json, hold_lock
 from pairdr.formats import PASSAGE_KEYS, QUERY_KEYS, read_qrels, read_texts, read_unlabelled, write_qrels
 from pairdr.lines import Place, read_lines, stamp_place
 from pairdr.records import PASSAGE_COLUMNS, Passage, Qrels, Query
-from pairdr.sources.named import find_data
+from pairdr.sources.named import find_data, name_data
 from pairdr.texts import BLOCK, TextTable, write_table
 
 SPLITS = ("train", "dev", "test")
@@ -48,6 +48,7 @@ class Collection:
         folder: the converted tables in the cache.
         source: the user's folder, or its URL.
         name: the source's name.
+        given_name: what the data are called where others may have them: `ir:NAME`, a URL, or the folder's name.
         passages: the corpus.
         queries: all questions, those of the unlabelled files among them.
         fingerprint: hash of the content and of the options that decide splits and pool.
@@ -61,6 +62,7 @@ class Collection:
     def __init__(self, folder: Path, source: Place, config: DataConfig) -> None:
         manifest = read_manifest(folder, "collection")
         self.folder, self.source, self.name, self.config = folder, source, source.resolve().name, config
+        self.given_name = name_data(source)
         self.passages, self.queries = TextTable(folder, "passages"), TextTable(folder, "queries")
         self.held_out = (
             frozenset(line.strip() for _, line in read_lines(config.held_out)) if config.held_out else frozenset()

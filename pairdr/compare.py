@@ -1,7 +1,8 @@
 """Did it help? Systems on the same queries: means with intervals, paired tests, and a verdict in plain words.
 
-The unit is the query: a system that was trained with several seeds has, per query, the mean over them, and what the
-seeds say is reported beside. Every system is compared with the first one; p-values are Holm's for so many comparisons.
+A difference is tested over queries; a system that was trained with several seeds has, per query, the mean over them,
+and then the difference has to stand over the seeds as well. Every system is compared with the first one; p-values are
+Holm's for so many comparisons.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import numpy as np
 
 from pairdr.artefact import publish
 from pairdr.errors import DataError, UsageError
-from pairdr.evaluate import PER_QUERY, read_evaluation
-from pairdr.files import write_json
-from pairdr.formats import read_run
-from pairdr.measures import PerQuery, compute_p_value, find_interval, mean_measures, measure_run
+from pairdr.evaluate import PER_QUERY, measure_file, read_evaluation
+from pairdr.files import hash_json, write_json
+from pairdr.measures import EQUAL, PerQuery, compute_p_value, find_interval, mean_measures
 from pairdr.parts import is_work_folder
 from pairdr.records import Qrels
 from pairdr.store_config import CompareConfig
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Values = npt.NDArray[np.float64]
-
-_EQUAL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,9 @@ class Difference:
         name: of the system.
         difference: of the means, this one's minus the first one's.
         interval: bootstrap interval of that, paired over queries.
-        p_value: two-sided paired randomisation test.
-        p_holm: the same, corrected for the number of comparisons.
+        p_value: two-sided paired randomisation test over queries.
+        p_seeds: t-test over seeds; None where no system has several.
+        p_holm: the larger of the two, corrected for the number of comparisons.
         wins: queries on which this one is better.
         ties: queries on which they are equal.
         losses: queries on which the first one is better.
@@ -72,6 +71,7 @@ class Difference:
     difference: float
     interval: tuple[float, float]
     p_value: float
+    p_seeds: float | None
     p_holm: float
     wins: int
     ties: int
@@ -111,6 +111,8 @@ class Comparison:
             counts = f"better on {found.wins} queries, equal on {found.ties}, worse on {found.losses}"
             seeds = f"; {found.agreeing} of {found.pairs} pairs of seeds agree" if found.pairs > 1 else ""
             lines.append(f"    {counts}{seeds}")
+        if all(len(system.seeds) == 1 for system in self.systems):
+            lines.append("One run of each: what another seed would give is not known.")
         return "\n".join(lines)
 
 
@@ -143,14 +145,17 @@ def compare_values(
         for name, seeds in systems.items()
     )
     first, *others = values
-    raw = [_test(values[name].mean(0), values[first].mean(0), config) for name in others]
+    over_queries = [_test(values[name].mean(0), values[first].mean(0), config) for name in others]
+    over_seeds = [compare_seeds(values[name].mean(1), values[first].mean(1)) for name in others]
+    corrected = correct_holm([max(p, q or 0.0) for p, q in zip(over_queries, over_seeds, strict=True)])
     found = tuple(
-        _compare(name, first, values[name], values[first], p, holm, len(others), config)
-        for name, p, holm in zip(others, raw, correct_holm(raw), strict=True)
+        _compare(name, first, values[name], values[first], *p_values, len(others), config)
+        for name, p_values in zip(others, zip(over_queries, over_seeds, corrected, strict=True), strict=True)
     )
     comparison = Comparison(measure, len(queries), facts, found)
     if output is not None:
-        with publish(output, "comparison", options=config.as_dict(), inputs={}) as staging:
+        inputs = {name: hash_json(seeds) for name, seeds in systems.items()}
+        with publish(output, "comparison", options=config.as_dict(), inputs=inputs) as staging:
             write_json(staging.path / "comparison.json", asdict(comparison))
             (staging.path / "comparison.txt").write_text(comparison.format() + "\n", encoding="utf-8")
             rows = zip(queries, *(value.mean(0).tolist() for value in values.values()), strict=True)
@@ -163,34 +168,62 @@ def read_system(text: str, qrels: Qrels | None, measures: Sequence[str]) -> tupl
     """Read what a word of the command line names: `PLACE`, or `NAME=PLACE`, or `NAME=PLACE,PLACE` for several seeds.
 
     A place is a run (a TREC file, or a folder of `pairdr search`), an evaluation of `pairdr evaluate`, or a work
-    folder, of which PAIR's values in its report are taken.
+    folder, of which PAIR's values in its report are taken. The last two were measured already.
 
     Returns:
         The system's name, and its values per query for each place.
 
     Raises:
-        UsageError: a run without labels, or measures that an evaluation does not have.
+        UsageError: a run without labels, labels for what was measured already, or measures that it does not have.
+        DataError: a run that has no query of the labels.
     """
-    name, equals, places = text.rpartition("=")
-    paths = [Path(place) for place in places.split(",")]
-    return name if equals else paths[0].stem, [_read_values(path, qrels, measures) for path in paths]
+    name, equals, places = ("", "", text) if Path(text).exists() else text.partition("=")
+    paths = [Path(place) for place in (places if equals or not name else name).split(",")]
+    values = [_read_values(path, qrels, measures) for path in paths]
+    return name if equals else paths[0].name.removesuffix(".trec"), values
 
 
 def _read_values(place: Path, qrels: Qrels | None, measures: Sequence[str]) -> PerQuery:
-    if is_work_folder(place):
-        values = read_values(place / "report", MAIN)
-    elif (place / PER_QUERY).is_file():
-        values = read_evaluation(place)
+    if is_work_folder(place) or (place / PER_QUERY).is_file():
+        if qrels is not None:
+            raise UsageError(
+                "This was measured already, and --qrels would not count.",
+                path=place,
+                remedy="Leave --qrels out, or name the run: a work folder's are runs/test/NAME.",
+            )
+        values = read_values(place / "report", MAIN) if is_work_folder(place) else read_evaluation(place)
     elif qrels is None:
         raise UsageError("A run is measured by labels.", path=place, remedy="Name them as --qrels.")
     else:
-        return measure_run(read_run(place / "run.arrow" if place.is_dir() else place), qrels, measures)
-    missing = [name for name in measures if name not in values]
-    if missing:
+        return measure_file(place, qrels, measures)
+    absent = [name for name in measures if name not in values]
+    if absent:
         raise UsageError(
-            f"There is no {missing[0]} here.", path=place, remedy=f"--measures can be: {', '.join(values)}."
+            f"There is no {absent[0]} here.", path=place, remedy=f"--measures can be: {', '.join(values)}."
         )
     return {name: values[name] for name in measures}
+
+
+def compare_seeds(mine: Values, theirs: Values) -> float | None:
+    """Return the two-sided p-value of equal means over seeds, by a t-test; None where neither has several.
+
+    As many seeds of both are pairs, in the order given; else it is Welch's test, and one run alone stands for itself.
+
+    Args:
+        mine: [S], the mean of each seed of a system.
+        theirs: [S'], of the other.
+    """
+    from scipy.stats import ttest_1samp, ttest_ind
+
+    if max(len(mine), len(theirs)) < 2:
+        return None
+    if len(mine) == len(theirs):
+        mine, theirs = mine - theirs, np.zeros(1)
+    samples = (sample[:1] if np.ptp(sample) <= EQUAL else sample for sample in (mine, theirs))
+    many, few = sorted(samples, key=len, reverse=True)
+    if len(many) == 1:  # a t-test has nothing to divide by
+        return float(abs(many[0] - few[0]) <= EQUAL)
+    return float(ttest_1samp(many, few[0]).pvalue if len(few) == 1 else ttest_ind(many, few, equal_var=False).pvalue)
 
 
 def correct_holm(p_values: Sequence[float]) -> list[float]:
@@ -225,6 +258,7 @@ def _compare(
     mine: Values,
     theirs: Values,
     p_value: float,
+    p_seeds: float | None,
     p_holm: float,
     comparisons: int,
     config: CompareConfig,
@@ -234,21 +268,25 @@ def _compare(
     low, high = find_interval(differences, resamples=config.resamples, seed=config.compare_seed)
     detectable = find_detectable(differences, comparisons, config.level, config.power)
     between = mine.mean(1)[:, None] - theirs.mean(1)[None]  # [S, S']
-    shown = p_holm < config.level
     numbers = f"{mean:+.4f} {config.measures[0]}, 95 % interval {low:+.4f} to {high:+.4f}, {say_p(p_holm)}"
+    if p_seeds is not None:
+        numbers += f" (over queries {say_p(p_value)}, over seeds {say_p(p_seeds)})"
     verdict = f"{name} is {'better' if mean > 0 else 'worse'} than {first}: {numbers}."
-    if not shown:
-        possible = f"{len(differences)} queries would show one of {detectable:.4f} in {config.power:.0%} of all cases."
-        verdict = f"No difference between {name} and {first} could be shown: {numbers}. {possible}"
+    if p_holm >= config.level:
+        verdict = f"No difference between {name} and {first} could be shown: {numbers}."
+        if EQUAL < detectable < 1:
+            possible = f"{len(differences)} queries would show one of {detectable:.4f}"
+            verdict += f" {possible} in {config.power:.0%} of all cases."
     return Difference(
         name=name,
         difference=mean,
         interval=(low, high),
         p_value=p_value,
+        p_seeds=p_seeds,
         p_holm=p_holm,
-        wins=int((differences > _EQUAL).sum()),
-        ties=int((np.abs(differences) <= _EQUAL).sum()),
-        losses=int((differences < -_EQUAL).sum()),
+        wins=int((differences > EQUAL).sum()),
+        ties=int((np.abs(differences) <= EQUAL).sum()),
+        losses=int((differences < -EQUAL).sum()),
         detectable=detectable,
         agreeing=int((np.sign(between) == np.sign(mean)).sum()),
         pairs=between.size,

@@ -19,6 +19,9 @@ from pairdr.options import find_broken_range, option
 ARMS = ("labelled_only", "query_centric", "pair")
 """The models that `run` can train, in the order of the table's rows."""
 
+TrainArm = Literal["labelled_only", "query_centric", "pair", "pair_stage1"]
+"""What `train` can train: those, and stage 1 of PAIR alone, which another start or other examples may follow."""
+
 
 OnDuplicate = Literal["error", "first", "last"]
 """What becomes of an id that occurs twice."""
@@ -237,19 +240,22 @@ def list_stages(arm: str, config: TrainConfig) -> tuple[StageConfig, ...]:
 
     Args:
         arm: `pair` is both relations, then the query-centric one; `query_centric` the same data and steps without
-            the passage-centric loss; `labelled_only` the labels alone, with mined negatives and no teacher.
+            the passage-centric loss; `labelled_only` the labels alone, with mined negatives and no teacher;
+            `pair_stage1` the first stage of `pair`.
         config: the weight of the passage-centric loss.
 
     Raises:
         UsageError: an unknown arm.
     """
-    if arm not in ARMS:
-        raise UsageError(f"Unknown arm {arm!r}.", remedy=f"There are: {', '.join(ARMS)}.")
+    known = get_args(TrainArm)
+    if arm not in known:
+        raise UsageError(f"Unknown arm {arm!r}.", remedy=f"There are: {', '.join(known)}.")
     if arm == "labelled_only":
         return (StageConfig("query_centric", 0.0, ("plain",)),)
     both = ("pseudo", "labelled")
-    first = config.alpha if arm == "pair" else 0.0
-    return (StageConfig("pair" if first else "query_centric", first, both), StageConfig("query_centric", 0.0, both))
+    alpha = 0.0 if arm == "query_centric" else config.alpha
+    first = StageConfig("pair" if alpha else "query_centric", alpha, both)
+    return (first,) if arm == "pair_stage1" else (first, StageConfig("query_centric", 0.0, both))
 
 
 @dataclass(frozen=True)

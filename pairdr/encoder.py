@@ -27,6 +27,7 @@ from pairdr.artefact import MANIFEST, UNSEALED, publish, read_manifest
 from pairdr.config import ModelConfig
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.files import hash_json
+from pairdr.readme import describe_use, format_copy, sign_card
 from pairdr.records import Passage
 from pairdr.sources.minilm import find_minilm
 from pairdr.start import load_start
@@ -90,6 +91,7 @@ class DualEncoder:
         inputs: dict[str, str],
         facts: dict[str, Any] | None = None,
         files: dict[str, str] | None = None,
+        card: str = "",
     ) -> None:
         """Save as a sentence-transformers folder with a manifest.
 
@@ -99,12 +101,13 @@ class DualEncoder:
             inputs: fingerprints of what it was made from.
             facts: further facts for the manifest; `stages` marks a trained model.
             files: further text files, by name.
+            card: what is known of it at this moment, in Markdown; unset: how it is used.
         """
         facts = facts or {}
         with publish(folder, "model", options=options, inputs=inputs) as staging:
             self.model.save(str(staging.path), create_model_card=False)
-            card = sign_card("# A dense passage retriever\n\n" + describe_use(self.contract))
-            (staging.path / UNSEALED).write_text(card, encoding="utf-8")
+            text = sign_card(card or "# A dense passage retriever\n\n" + describe_use(self.contract))
+            (staging.path / UNSEALED).write_text(text, encoding="utf-8")
             for name, text in (files or {}).items():
                 (staging.path / name).write_text(text, encoding="utf-8")
             staging.facts |= facts | {
@@ -114,6 +117,21 @@ class DualEncoder:
                 "weights_sha256": self.hash_weights(),
                 "encoder": self.fingerprint,
             }
+
+    def save_copy(self, folder: str | Path, config: ModelConfig) -> None:
+        """Save a start model as it was loaded; with the stages and data of one that pairdr trained.
+
+        Args:
+            folder: where it will stand.
+            config: what it was loaded with.
+        """
+        options, facts = config.as_dict(), {}
+        if (Path(config.start) / MANIFEST).is_file():
+            source = read_manifest(config.start, "model")
+            if "stages" in source.facts:
+                facts["stages"] = source.facts["stages"]
+                options["trained_on"] = source.options.get("trained_on", [])
+        self.save(folder, options=options, inputs={}, facts=facts, card=format_copy(config, self.contract))
 
     @property
     def device(self) -> str:
@@ -259,41 +277,3 @@ def _strip_padding(tokenizer: str) -> str:
     return json.dumps(
         {key: value for key, value in json.loads(tokenizer).items() if key not in ("truncation", "padding")}
     )
-
-
-def sign_card(text: str) -> str:
-    """Return a card with a line at its end, unseen where it is shown, by which one sees whether anybody edited it."""
-    return f"{text}\n\n<!-- written by pairdr {hash_json(text)[:16]} -->\n"
-
-
-def is_edited(card: str) -> bool:
-    """Return whether a card is not as it was written."""
-    text, _, _ = card.rpartition("\n\n<!--")
-    return card != sign_card(text)
-
-
-def describe_use(contract: Contract) -> str:
-    """Return how a model is used, and its contract, as Markdown."""
-    lines = [
-        "## Use",
-        "",
-        "```python",
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        'model = SentenceTransformer("path/to/this/folder")',
-        'queries = model.encode_query(["how do I parse a date?"])',
-        'passages = model.encode_document(["datetime.strptime parses a date from a string"])',
-        "print(model.similarity(queries, passages))",
-        "```",
-        "",
-        "| contract | value |",
-        "|---|---|",
-        *(f"| {key.replace('_', ' ')} | {json.dumps(value)} |" for key, value in asdict(contract).items()),
-    ]
-    if contract.title == "segment":
-        lines += [
-            "",
-            "Titles are a segment of their own: give sentence-transformers (title, text) pairs; a joined string gives "
-            "other vectors.",
-        ]
-    return "\n".join(lines)

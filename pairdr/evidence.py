@@ -99,8 +99,9 @@ def open_work(folder: str | Path, collection: Collection, device: str | None = N
     teacher = None
     if recipe is not None:
         mined_by = "student" if (folder / "vectors" / "student").is_dir() else "start"
-        known = VectorStore(folder / "vectors" / mined_by)
-        teacher = load_teacher(recipe, folder / "teacher", LexicalIndex(folder / "bm25"), lengths, known)
+        places = [folder / "vectors" / name for name in (mined_by, "whole")]
+        stores = [VectorStore(place) for place in places if place.is_dir()]
+        teacher = load_teacher(recipe, folder / "teacher", LexicalIndex(folder / "bm25"), lengths, stores)
     return AuditSources(
         examples=folder / "examples",
         candidates=open_candidates(folder / "candidates", collection),

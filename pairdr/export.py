@@ -23,23 +23,35 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from pairdr.artefact import publish, read_manifest
+from pairdr.artefact import UNSEALED, Manifest, publish, read_manifest
 from pairdr.backends.exported import TOKENIZER, ExportedEncoder, find_graph, fingerprint_export
 from pairdr.backends.openvino import import_openvino, open_core
 from pairdr.backends.texts import pad_tokens
 from pairdr.collection import Collection
 from pairdr.encoder import DualEncoder
 from pairdr.errors import MissingExtraError, RefusedError, UsageError
-from pairdr.gate import Sample, draw_sample, judge_export, make_sample, refuse_loss
+from pairdr.gate import MEASURE, Sample, draw_sample, judge_export, make_sample, refuse_loss
 from pairdr.progress import say
+from pairdr.readme import format_command, format_contract, quote_card, sign_card
 from pairdr.store_config import ExportConfig, Target
-from pairdr.tokens import Tokens
+from pairdr.tokens import Contract, Tokens
 
 _NEEDED = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "openvino-int8": ("onnx", "onnxscript", "openvino", "nncf"),
 }
+_LIBRARIES = {"onnx": "onnxruntime", "openvino": "OpenVINO"}
+_HEADER = """---
+library_name: pairdr
+pipeline_tag: sentence-similarity
+tags:
+- {backend}
+- sentence-similarity
+- feature-extraction
+- dense-retrieval
+- pairdr
+---"""
 
 
 def export_model(
@@ -109,7 +121,67 @@ def export_model(
         found = judge_export(model, export, sample, config)
         refuse_loss(found, precision, config)
         staging.facts["gate"] = found
+        card = _format_card(Path(model_folder), source, Path(output), staging.facts, to, collection, config)
+        (staging.path / UNSEALED).write_text(sign_card(card), encoding="utf-8")
     return ExportedEncoder.open(output)
+
+
+def _format_card(
+    model: Path,
+    source: Manifest,
+    output: Path,
+    facts: dict[str, Any],
+    to: Target,
+    collection: Collection | None,
+    config: ExportConfig,
+) -> str:
+    """Return the card of an export: what it is, what the gate measured, the command, the card of its model."""
+    name = model.resolve().name
+    data = [] if collection is None else ["--data", collection.given_name]
+    command = format_command(["pairdr", "export", name, "--to", to, *data, "-o", output.resolve().name], config)
+    parts = [
+        _HEADER.format(backend=facts["backend"]),
+        f"# {name}, for {_LIBRARIES[facts['backend']]} in {facts['precision']}",
+        f"The model `{name}` as another library runs it, on a CPU and without torch. Its vectors are searched with "
+        "queries of this export alone, not with those of the model.",
+        "## Use\n\n```sh\npairdr encode DATA --start path/to/this/folder -o VECTORS\n"
+        'pairdr search VECTORS --start path/to/this/folder "how do I parse a date?"\n```\n\n'
+        + format_contract(Contract(**facts["contract"])),
+        _format_gate(facts["gate"], collection),
+        f"## How it was made\n\n```sh\n{command}\n```\n\nThe model's manifest has the fingerprint "
+        f"`{source.fingerprint}`, its weights the sha256 `{source.facts['weights_sha256']}`.",
+    ]
+    card = model / UNSEALED
+    if card.is_file():
+        quoted = quote_card(card.read_text(encoding="utf-8", errors="replace"))
+        parts += [f"## The model it was made of\n\nThis is the card of `{name}`, and speaks of that folder.", quoted]
+    return "\n\n".join(parts)
+
+
+def _format_gate(gate: dict[str, Any], collection: Collection | None) -> str:
+    """Return what the gate measured, as Markdown."""
+    lines = [
+        "## How near it is to its model",
+        "",
+        f"On {gate['queries']} queries and {gate['passages']} passages: the cosine between a vector of the export and "
+        f"the model's own is {gate['cosine_mean']:.6f} in the mean and {gate['cosine_min']:.6f} at least.",
+    ]
+    if collection is None:
+        return "\n".join([*lines, "", "These are texts of pairdr's own; rankings were not compared."])
+    licence = collection.config.licence or "not given; ask who made the data"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "| | model | export | lost (95 % interval) | of the first ten in both |",
+            "|---|---|---|---|---|",
+            f"| {MEASURE} | {gate['ndcg_model']:.4f} | {gate['ndcg_export']:.4f} | {gate['loss']:.4f} "
+            f"({gate['loss_low']:.4f} to {gate['loss_high']:.4f}) | {gate['overlap']:.1%} |",
+            "",
+            f"The queries are dev queries of `{collection.given_name}`, searched in a sample of its passages, which is "
+            f"easier than all: the difference counts, not the height. Licence of the data: {licence}.",
+        ]
+    )
 
 
 class _Whole(nn.Module):

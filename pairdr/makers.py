@@ -7,17 +7,20 @@ from dataclasses import replace
 from functools import partial
 
 from pairdr.artefact import publish, read_manifest
-from pairdr.card import read_measured, write_card
+from pairdr.card import Measured, lacks_results, read_measured, write_card
 from pairdr.check import check_collection, require_sound
 from pairdr.config import ARMS, TeachConfig, list_stages
 from pairdr.encoder import DualEncoder
 from pairdr.errors import RefusedError
 from pairdr.formats import write_run, write_trec_run
 from pairdr.fusion import fuse_runs, tune_run_weights
+from pairdr.geometry import describe_relation
 from pairdr.label import label_examples
 from pairdr.measures import mean_measures, measure_run
 from pairdr.mine import mine_candidates, read_candidates
+from pairdr.origin import OPTIONS_FILE
 from pairdr.progress import say
+from pairdr.readme import format_command
 from pairdr.records import positives_of
 from pairdr.search import rank_dense, rank_words, write_search
 from pairdr.table import MAIN, compare_systems, describe_fusion, describe_labels
@@ -41,7 +44,7 @@ def check(work: Work) -> None:
 def save_start(work: Work, name: str, layers: int | None) -> None:
     """Save the start model, or the whole one that it is cut from."""
     config = replace(work.config.model, layers=layers)
-    DualEncoder.load(config).save(work.path("models", name), options=config.as_dict(), inputs={})
+    DualEncoder.load(config).save_copy(work.path("models", name), config)
 
 
 def warm(work: Work) -> None:
@@ -49,6 +52,7 @@ def warm(work: Work) -> None:
     config = work.config
     places = work.path("models", "start"), config.warm, config.train, work.path("models", "student")
     warm_student(work.collection, work.index, *places, device=config.model.device)
+    write_cards(work, "student")
 
 
 def mine(work: Work, student: str, place: str) -> None:
@@ -57,6 +61,8 @@ def mine(work: Work, student: str, place: str) -> None:
     mine_candidates(work.collection, work.encoder(student), work.store(student), work.index, work.config.mine, output)
     counts = read_manifest(output).facts["negatives"]
     say("  negatives: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    ranked = read_candidates(output).merged
+    say(f"  {describe_relation(work.collection, ranked, work.encoder('start'), work.store('start'))}")
 
 
 def find_teacher(work: Work, config: TeachConfig, student: str, candidates: str, place: str) -> None:
@@ -70,7 +76,7 @@ def find_teacher(work: Work, config: TeachConfig, student: str, candidates: str,
         work.config.model,
         config,
         work.path(place),
-        store=work.store(student),
+        stores=work.stores(student),
     )
     say(result.format())
 
@@ -90,7 +96,7 @@ def label(work: Work, student: str, candidates: str, teacher: str, place: str) -
         teacher_fingerprint=read_manifest(folder).fingerprint,
     )
     if recipe is not None:
-        judge = load_teacher(recipe, folder, work.index, config.model, work.store(student))
+        judge = load_teacher(recipe, folder, work.index, config.model, work.stores(student))
         try:
             facts = label_with(teacher=judge)
         except RefusedError as error:
@@ -117,7 +123,7 @@ def train(work: Work, arm: str, examples_place: str, place: str) -> None:
     train_model(
         work.collection, examples, start, stages, config.train, output, device=config.model.device, max_steps=steps
     )
-    write_card(output, start, work.collection)
+    write_cards(work, place)
 
 
 def search(work: Work, split: str, system: str) -> None:
@@ -179,9 +185,33 @@ def evaluate(work: Work, split: str, systems: list[str]) -> None:
         inputs={"collection": work.collection.fingerprint},
     )
     measured = read_measured(work.path("report"), MAIN, work.config.evaluate)
-    start = work.path("models", "start")
     for arm in set(systems) & set(ARMS):
-        write_card(work.path("models", arm), start, work.collection, replace(measured, system=arm))
+        write_cards(work, arm, replace(measured, system=arm))
+
+
+def write_cards(work: Work, name: str, measured: Measured | None = None) -> None:
+    """Write the card of a model that was trained here, and that of the one between its stages."""
+    for place in (f"{name}.stage1", name):
+        model = work.path("models", place)
+        if model.is_dir():
+            found = measured if place == name else None
+            write_card(model, work.path("models", "start"), work.collection, _format_command(work, place), found)
+
+
+def renew_cards(work: Work, names: list[str]) -> None:
+    """Let the cards say what holds now: a licence may be given later, and a model made again is measured already."""
+    bare = [name for name in names if name in ARMS and lacks_results(work.path("models", name))]
+    measured = read_measured(work.path("report"), MAIN, work.config.evaluate) if bare else None
+    for name in names:
+        write_cards(work, name, replace(measured, system=name) if measured and name in bare else None)
+
+
+def _format_command(work: Work, place: str) -> str:
+    """Return what makes a model of `models/` again."""
+    words = ["pairdr", "run", work.collection.given_name, "-o", "WORK"]
+    by_file = format_command([*words, "--config", f"WORK/{OPTIONS_FILE}"])
+    by_options = format_command(words, replace(work.config, data=work.collection.config))
+    return f"{by_file}  # makes WORK/models/{place}\n# or, without that file:\n{by_options}"
 
 
 def table_split(work: Work) -> str:

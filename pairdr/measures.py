@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PerQuery = dict[str, dict[str, float]]
 """measure to {query_id: value}."""
+EQUAL = 1e-9
+"""Values of a measure that differ by no more are equal: means over seeds carry rounding."""
 
 
 def measure_run(run: Run, qrels: Qrels, measures: Sequence[str]) -> PerQuery:
@@ -107,6 +109,7 @@ def compute_p_value(
             "The two systems were measured on different queries.", remedy="Evaluate both on the same split."
         )
     difference = np.array([first[query_id] - second[query_id] for query_id in first])
+    difference[np.abs(difference) <= EQUAL] = 0
     if len(difference) < 2 or not difference.any():
         return 1.0
 

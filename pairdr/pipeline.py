@@ -19,12 +19,12 @@ from pairdr.config import DataConfig, LexicalConfig, ModelConfig, RunConfig, Tra
 from pairdr.costs import GIB, Cost, measure_costs
 from pairdr.errors import ArtefactError, UsageError
 from pairdr.files import replace_file
-from pairdr.makers import FUSED, table_split
+from pairdr.makers import FUSED, renew_cards, table_split
 from pairdr.measures import parse_measures
 from pairdr.origin import write_origin
 from pairdr.parts import WORK_FILE
 from pairdr.progress import say
-from pairdr.steps import list_steps
+from pairdr.steps import list_steps, list_trained
 from pairdr.table import Table, read_table
 from pairdr.work import Work
 
@@ -73,6 +73,7 @@ def run_pipeline(
         ran = run_steps(work)
         _write_work_file(work)
         write_origin(work.folder, config, collection)
+        renew_cards(work, list_trained(work))
     return RunResult(work.folder, read_table(work.path("report")), tuple(ran))
 
 

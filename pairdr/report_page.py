@@ -67,7 +67,8 @@ def format_page(report: Report) -> str:
         (
             "results",
             "Results",
-            "Every system on the same questions; more is better, and a p below 0.05 is hardly chance.",
+            "Every system on the same questions; more is better. The p-values are over questions, of one training run, "
+            "and not corrected for several rows: pairdr compare corrects, and takes several seeds.",
             _show(report.table, show_table),
         ),
         (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from pairdr.charts import Histogram, Line, Mark, draw_histogram, draw_lines
-from pairdr.geometry import SIMILARITIES, Geometry
+from pairdr.geometry import SIMILARITIES, Geometry, say_relation
 from pairdr.lengths import Lengths
 from pairdr.options import Options
 from pairdr.origin import OPTIONS_FILE, Origin, format_options
@@ -196,8 +196,9 @@ def show_geometry(geometry: Geometry) -> str:
     said = (
         f"Share of triples in which p+ is nearer to a wrong passage than to its question, s(q,p+) < s(p+,p-): {shares}."
     )
+    before = say_relation(geometry.models[0].passage_violations, geometry.pairs)
     return (
-        f"<p>{write_text(said)}</p>{make_table(head, rows, main=main)}<p>{write_text(note)}</p>"
+        f"<p>{write_text(said)} {write_text(before)}.</p>{make_table(head, rows, main=main)}<p>{write_text(note)}</p>"
         f'<div class="charts">{"".join(charts)}</div>'
     )
 

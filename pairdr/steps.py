@@ -63,6 +63,12 @@ def list_steps(work: Work) -> list[Step]:
     return steps + _list_comparison(work)
 
 
+def list_trained(work: Work) -> list[str]:
+    """Return the names of the models that a run trains, in order."""
+    earlier = [f"pair.{number}" for number in range(1, work.config.rounds)]
+    return [*(["student"] if work.student == "student" else []), *earlier, *list_arms(work.config)]
+
+
 def list_arms(config: RunConfig) -> list[str]:
     """Return the models to train, PAIR last.
 

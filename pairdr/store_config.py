@@ -192,7 +192,7 @@ class ServeConfig(Options):
     most_texts: int = option(256, "Most texts, passages or filters of a request.", low=1)
     most_characters: int = option(20000, "Most characters of a text, its title and its metadata among them.", low=1)
     most_bytes: int = option(4_000_000, "Most bytes of a body; past it the answer is 413.", low=1)
-    request_seconds: float = option(30.0, "Until a request's answer is 504.", low=0.01)
+    request_seconds: float = option(30.0, "Until a request's answer is 504; as long it may take to be read.", low=0.01)
     body_seconds: float = option(
         10.0, "Until a request's head, and then its body, has to have come; past it the answer is 408.", low=0.01
     )

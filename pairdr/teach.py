@@ -89,7 +89,7 @@ def choose_teacher(
     config: TeachConfig,
     output: str | Path,
     *,
-    store: VectorStore | None = None,
+    stores: Sequence[VectorStore] = (),
 ) -> TeachResult:
     """Train or load the teachers, judge them on dev, and publish the recipe of the best one.
 
@@ -102,7 +102,7 @@ def choose_teacher(
         model: lengths and prefixes for further dual encoders.
         config: which teachers, and the gate.
         output: the teacher's folder.
-        store: the student's vectors of the corpus, which spare encoding it again.
+        stores: vectors of the corpus that are there; those of a teacher spare encoding it again.
 
     Returns:
         The verdicts; `teacher` is None where nothing beat the student.
@@ -114,7 +114,7 @@ def choose_teacher(
     }
     candidates.require_collection(collection)
     with publish(output, "teacher", options=config.as_dict(), inputs=inputs) as staging:
-        base = DualEncoderTeacher(student, "student", _relative(student_folder, output), store)
+        base = DualEncoderTeacher(student, "student", _relative(student_folder, output), stores)
         others: list[Teacher] = []
         if config.cross_encoder == "train":
             place = staging.path / "cross_encoder"
@@ -125,7 +125,8 @@ def choose_teacher(
             others.append(CrossEncoderTeacher(config.cross_encoder, "cross-encoder", model.device, recorded))
         if config.dual_encoder is not None:
             larger = load_dual_encoder(config.dual_encoder, model)
-            others.append(DualEncoderTeacher(larger, "larger dual encoder", _relative(config.dual_encoder, output)))
+            recorded = _relative(config.dual_encoder, output)
+            others.append(DualEncoderTeacher(larger, "larger dual encoder", recorded, stores))
         result = judge_teachers(collection, base, LexicalTeacher(index), others, candidates, config)
         write_json(staging.path / RECIPE, result.teacher.describe() if result.teacher else None)
         staging.facts |= {

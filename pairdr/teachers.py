@@ -51,14 +51,14 @@ class Teacher(Protocol):
 class DualEncoderTeacher:
     """Inner products of a dual encoder; a passage is encoded once, however many queries it is a candidate of.
 
-    With `known`, vectors of the corpus by this encoder, passages are not encoded at all.
+    Where one of the stores has the corpus by this encoder, passages are not encoded at all.
     """
 
     needs_index = False
 
-    def __init__(self, encoder: DualEncoder, name: str, source: str, known: VectorStore | None = None) -> None:
+    def __init__(self, encoder: DualEncoder, name: str, source: str, stores: Sequence[VectorStore] = ()) -> None:
         self.encoder, self.name, self.source = encoder, name, source
-        self._known = known if known is not None and known.encoder == encoder.fingerprint else None
+        self._known = next((store for store in stores if store.encoder == encoder.fingerprint), None)
         self._vectors: dict[int, npt.NDArray[np.float32]] = {}
 
     @property
@@ -224,7 +224,7 @@ def load_teacher(
     folder: str | Path,
     index: LexicalIndex | None,
     model: ModelConfig,
-    store: VectorStore | None = None,
+    stores: Sequence[VectorStore] = (),
 ) -> Teacher:
     """Make a teacher again from its description.
 
@@ -233,7 +233,7 @@ def load_teacher(
         folder: where the description was saved.
         index: BM25; None will do for a teacher that does not need it.
         model: lengths and prefixes of a dual encoder that pairdr did not save.
-        store: the student's vectors of the corpus, which spare encoding it again.
+        stores: vectors of the corpus that are there; those of a teacher spare encoding it again.
 
     Raises:
         UsageError: a kind that this version does not know.
@@ -244,14 +244,14 @@ def load_teacher(
             raise ValueError("this teacher needs BM25")
         return LexicalTeacher(index)
     if kind == "fusion":
-        members = [load_teacher(member, folder, index, model, store) for member in recipe["members"]]
+        members = [load_teacher(member, folder, index, model, stores) for member in recipe["members"]]
         return FusionTeacher(members, recipe["weights"])
     local = (Path(folder) / str(recipe.get("source"))).resolve()
     source = str(local) if local.exists() else str(recipe.get("source"))
     if kind == "cross_encoder":
         return CrossEncoderTeacher(source, recipe["name"], model.device)
     if kind == "dual_encoder":
-        return DualEncoderTeacher(load_dual_encoder(source, model), recipe["name"], recipe["source"], store)
+        return DualEncoderTeacher(load_dual_encoder(source, model), recipe["name"], recipe["source"], stores)
     raise UsageError(f"Unknown kind of teacher {kind!r}.", path=folder, remedy="Run pairdr teach again.")
 
 

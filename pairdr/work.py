@@ -79,6 +79,10 @@ class Work:
         """Return the vectors of a model."""
         return VectorStore(self.path("vectors", name))
 
+    def stores(self, student: str) -> list[VectorStore]:
+        """Return the vectors that teachers may have: of the student, and of the whole model where it was cut."""
+        return [self.store(name) for name in (student, *(["whole"] if self.config.model.layers is not None else []))]
+
     @cached_property
     def index(self) -> LexicalIndex:
         """Return BM25."""

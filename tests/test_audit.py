@@ -34,6 +34,7 @@ from pairdr.findings import (
     write_marks,
 )
 from pairdr.formats import read_qrels, write_trec_run
+from pairdr.origin import read_origin
 from pairdr.records import Run
 from pairdr.search import rank_dense
 from pairdr.store_config import AuditConfig
@@ -391,6 +392,11 @@ def test_from_an_audit_to_a_comparison(
     collection, before = open_collection(new), open_collection(data)
     assert all(collection.qrels("train")[found.query_id][found.passage_id] == 1 for found in copies)
     assert collection.qrels("test") == before.qrels("test")
+    call(capsys, "run", new, "-o", tmp_path / "again", "--config", work / "run.toml")
+    options = [read_origin(folder).config for folder in (work, tmp_path / "again")]
+    assert options[0] == options[1]
+    assert "RR@10" in call(capsys, "compare", work, tmp_path / "again", "--resamples", "200")
+
     renewed = read_manifest(f"{new}.examples")
     assert renewed.files.keys() == read_manifest(work / "examples").files.keys()
     quick = ("--start", tiny_model, "--max-steps", "2", "--per-device-train-batch-size", "8", "--eval-passages", "20")

@@ -247,7 +247,7 @@ def test_teachers_with_other_scores_have_other_fingerprints(toy_parts: Parts, ba
         return {
             "words": words,
             "dual": dual,
-            "with vectors": DualEncoderTeacher(toy_parts.encoder, "d", "x", toy_parts.store),
+            "with vectors": DualEncoderTeacher(toy_parts.encoder, "d", "x", [toy_parts.store]),
             "short": DualEncoderTeacher(short, "d", "x"),
             "cross": CrossEncoderTeacher(str(tmp_path / "ce"), device="cpu"),
             "other cross": CrossEncoderTeacher(str(tmp_path / "other"), device="cpu"),

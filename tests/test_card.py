@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,18 @@ import yaml
 from pairdr import card, makers
 from pairdr.artefact import read_manifest, verify_artefact
 from pairdr.card import read_measured, write_card
+from pairdr.cli import main
 from pairdr.collection import open_collection
-from pairdr.config import DataConfig, EvaluateConfig, MineConfig, ModelConfig, RunConfig, TeachConfig, TrainConfig
+from pairdr.config import (
+    DataConfig,
+    EvaluateConfig,
+    MineConfig,
+    ModelConfig,
+    RunConfig,
+    TeachConfig,
+    TrainConfig,
+    WarmConfig,
+)
 from pairdr.encoder import DualEncoder
 from pairdr.files import hash_json
 from pairdr.measures import find_interval
@@ -39,16 +50,20 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, toy: Path, tiny_model: Path) -> RunResult:
     """Return a run of two arms on the toy data."""
-    config = RunConfig(
-        data=DataConfig(licence="CC0-1.0"),
-        model=ModelConfig(start=str(tiny_model)),
+    return run_pipeline(toy, tmp_path_factory.mktemp("finished") / "work", make_config(tiny_model, "CC0-1.0"))
+
+
+def make_config(start: Path, licence: str) -> RunConfig:
+    return RunConfig(
+        data=DataConfig(licence=licence),
+        model=ModelConfig(start=str(start)),
+        warm=WarmConfig(warm="always", warm_steps=1),
         mine=MineConfig(depth=40, relative_margin=None),
         teach=TeachConfig(rerank_depth=40),
         train=TrainConfig(max_steps=2, per_device_train_batch_size=8, eval_passages=20, eval_queries=5),
         evaluate=EvaluateConfig(resamples=200),
         arms=("labelled_only", "pair"),
     )
-    return run_pipeline(toy, tmp_path_factory.mktemp("finished") / "work", config)
 
 
 def read_card(work: Path, model: str) -> tuple[dict[str, Any], str]:
@@ -56,6 +71,11 @@ def read_card(work: Path, model: str) -> tuple[dict[str, Any], str]:
     text = (work / "models" / model / "README.md").read_text(encoding="utf-8")
     _, header, body = text.split("---\n", 2)
     return yaml.safe_load(header), body
+
+
+def find_section(card: str, title: str) -> str:
+    """Return a section of a card."""
+    return card.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 def test_a_card_names_data_stages_and_measures_with_intervals(finished: RunResult, toy: Path) -> None:
@@ -75,6 +95,114 @@ def test_a_card_names_data_stages_and_measures_with_intervals(finished: RunResul
     assert f"**{TITLES['pair']}** (this model)" in body
     assert all(f"- {note}" in body for note in finished.table.notes)
     assert f"**{TITLES['labelled_only']}** (this model)" in read_card(finished.work, "labelled_only")[1]
+
+
+TRAINED = ("student", "labelled_only", "pair.stage1", "pair")
+
+
+def read_commands(card: str) -> list[list[str]]:
+    """Return the words of the commands that stand in a card."""
+    block = find_section(card, "How it was made").split("```sh\n")[1].split("```")[0]
+    return [words for line in block.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("model", TRAINED)
+def test_every_trained_model_has_a_whole_card(finished: RunResult, toy: Path, model: str) -> None:
+    _, body = read_card(finished.work, model)
+    titles = [line.removeprefix("## ") for line in body.splitlines() if line.startswith("## ")]
+    assert titles == ["Use", "Results", "Training", "Data", "Intended use and limits", "How it was made"]
+    assert "Licence of the data: CC0-1.0." in body
+    assert ("Not measured yet" in body) == (model in ("student", "pair.stage1"))
+    assert f"# makes WORK/models/{model}\n" in body
+    assert read_commands(body)[0] == ["pairdr", "run", toy.name, "-o", "WORK", "--config", "WORK/run.toml"]
+
+
+def test_a_card_between_the_stages_has_the_first_alone(finished: RunResult) -> None:
+    _, body = read_card(finished.work, "pair.stage1")
+    assert "in the first of the two stages of PAIR" in body
+    assert "1. pair: " in body
+    assert "2. " not in find_section(body, "Training")
+    assert "1. warm: L_Q, on the plain rows" in read_card(finished.work, "student")[1]
+
+
+def test_the_start_of_a_run_is_named_as_a_copy(finished: RunResult, tiny_model: Path) -> None:
+    text = (finished.work / "models" / "start" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# A copy of `{tiny_model.name}`\n")
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_the_commands_of_a_card_make_its_model_again(
+    finished: RunResult, toy: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: int
+) -> None:
+    for place in (toy, tiny_model):
+        (tmp_path / place.name).symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+    words = read_commands(read_card(finished.work, "pair")[1])[form]
+    words = [str(finished.work / "run.toml") if word == "WORK/run.toml" else word for word in words]
+    with pytest.raises(SystemExit) as end:
+        main(words[1:])
+    assert end.value.code == 0
+    for model in TRAINED:
+        first, again = (read_manifest(work / "models" / model) for work in (finished.work, tmp_path / "WORK"))
+        assert first.fingerprint == again.fingerprint
+
+
+def test_a_licence_that_is_given_later_stands_in_every_card(
+    finished: RunResult, toy: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Path(shutil.copytree(finished.work, tmp_path / "work"))
+    before = {name: (read_manifest(work / "models" / name).fingerprint, read_card(work, name)[1]) for name in TRAINED}
+    (work / "models" / "labelled_only" / "README.md").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(card, "find_interval", pytest.fail)  # what was measured is known
+    result = run_pipeline(toy, work, make_config(tiny_model, "MIT"))
+    assert result.steps_run == ()
+    for name, (fingerprint, text) in before.items():
+        assert read_manifest(work / "models" / name).fingerprint == fingerprint
+        if name == "labelled_only":
+            assert (work / "models" / name / "README.md").read_text(encoding="utf-8") == "mine"
+            continue
+        _, body = read_card(work, name)
+        assert "Licence of the data: MIT." in body
+        assert "--licence MIT" in body
+        assert find_section(body, "Results") == find_section(text, "Results")
+
+
+def test_a_card_that_is_gone_comes_back_with_its_measures(
+    finished: RunResult, toy: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    work = Path(shutil.copytree(finished.work, tmp_path / "work"))
+    path = work / "models" / "pair" / "README.md"
+    text = path.read_text(encoding="utf-8")
+    path.unlink()
+    assert run_pipeline(toy, work, make_config(tiny_model, "CC0-1.0")).steps_run == ()
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_model_of_the_train_command_has_its_own_command(
+    finished: RunResult, toy: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {toy.name: toy, tiny_model.name: tiny_model, "examples": finished.work / "examples"}
+    for name, place in places.items():
+        (tmp_path / name).symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+        return read_manifest("model").fingerprint
+
+    few = ("--max-steps", "2", "--per-device-train-batch-size", "8", "--eval-passages", "20", "--device", "cpu")
+    first = call("train", str(toy), "examples", "-o", "model", "--start", str(tiny_model), "--licence", "MIT", *few)
+    card = Path("model/README.md").read_text(encoding="utf-8")
+    assert "Licence of the data: MIT." in card
+    assert "# makes model.stage1\n" in Path("model.stage1/README.md").read_text(encoding="utf-8")
+    assert Path("model.start/README.md").read_text(encoding="utf-8").startswith(f"# A copy of `{tiny_model.name}`\n")
+    (words,) = read_commands(card)
+    assert words[:5] == ["pairdr", "train", toy.name, "examples", "-o"]
+    for name in ("model", "model.stage1", "model.start"):
+        shutil.rmtree(name)
+    assert call(*words[1:]) == first
 
 
 def test_intervals_are_those_of_the_values_per_query(finished: RunResult) -> None:
@@ -123,10 +251,10 @@ def test_a_model_that_nobody_measured_says_so(finished: RunResult, toy: Path) ->
     models = finished.work / "models"
     path = models / "pair" / "README.md"
     text = path.read_text(encoding="utf-8")
-    write_card(models / "pair", models / "start", open_collection(toy))
-    assert path.read_text(encoding="utf-8") == text  # of the same weights, and it has measures
+    write_card(models / "pair", models / "start", open_collection(toy), "make it")
+    assert find_section(path.read_text(encoding="utf-8"), "Results") == find_section(text, "Results")
     path.unlink()
-    write_card(models / "pair", models / "start", open_collection(toy))
+    write_card(models / "pair", models / "start", open_collection(toy), "make it")
     bare = path.read_text(encoding="utf-8")
     assert "Not measured yet" in bare
     assert "Licence of the data: not given" in bare
@@ -140,10 +268,10 @@ def test_an_edited_card_is_left_as_it_is(finished: RunResult, toy: Path) -> None
     measured = read_measured(finished.work / "report", "pair", EvaluateConfig(resamples=200))
     for edited in (text.replace("Intended use", "Use"), "mine"):
         path.write_text(edited, encoding="utf-8")
-        write_card(models / "pair", models / "start", data, measured)
+        write_card(models / "pair", models / "start", data, "make it", measured)
         assert path.read_text(encoding="utf-8") == edited
     path.write_text(text, encoding="utf-8")
-    write_card(models / "pair", models / "start", data, measured)
+    write_card(models / "pair", models / "start", data, "make it", measured)
     assert "not given" in path.read_text(encoding="utf-8")  # the licence: this one was written anew
     path.write_text(text, encoding="utf-8")
 
@@ -169,7 +297,7 @@ def test_a_start_from_the_hub_is_named(toy_parts: Parts, tmp_path: Path) -> None
     last = {"step": 1, "loss": 0.5}
     facts = {"stages": [{"name": "query_centric", "alpha": 0.0, "sources": ["plain"]}], "examples": 3, "summary": last}
     encoder.save(tmp_path / "models" / "mine", options=options, inputs={}, facts=facts)
-    write_card(tmp_path / "models" / "mine", tmp_path / "start", toy_parts.collection)
+    write_card(tmp_path / "models" / "mine", tmp_path / "start", toy_parts.collection, "make it")
     header, _ = read_card(tmp_path, "mine")
     assert header["base_model"] == "some/model"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pairdr.artefact import verify_artefact
-from pairdr.compare import compare_values, correct_holm, find_detectable, read_system
+from pairdr.compare import compare_seeds, compare_values, correct_holm, find_detectable, read_system
 from pairdr.config import EvaluateConfig
 from pairdr.errors import DataError, UsageError
 from pairdr.evaluate import evaluate_run
@@ -65,8 +65,24 @@ def test_where_nothing_is_shown_it_says_what_would_have_been() -> None:
 
 def test_equal_systems_have_no_difference() -> None:
     values = draw(50, 4)
-    (found,) = compare_values({"a": [make(values)], "b": [make(values)]}, CONFIG).differences
-    assert (found.difference, found.interval, found.p_value, found.ties) == (0, (0, 0), 1, 50)
+    comparison = compare_values({"a": [make(values)], "b": [make(values)]}, CONFIG)
+    (found,) = comparison.differences
+    assert (found.difference, found.interval, found.p_value, found.p_seeds, found.ties) == (0, (0, 0), 1, None, 50)
+    assert found.verdict.endswith("p = 1.000.")  # no difference that these queries would have shown
+    assert comparison.format().splitlines()[-1] == "One run of each: what another seed would give is not known."
+
+
+def test_a_handful_of_queries_is_not_said_to_show_what_no_measure_can_have() -> None:
+    (found,) = compare_values({"a": [make(np.array([0, 1, 0]))], "b": [make(np.array([1, 0, 1]))]}, CONFIG).differences
+    assert found.detectable > 1
+    assert "would show" not in found.verdict
+
+
+def test_rounding_is_no_difference() -> None:
+    seeds = [make(np.full(200, value)) for value in (0.1, 0.2, 0.3)]
+    (found,) = compare_values({"a": seeds, "b": seeds[::-1]}, CONFIG).differences
+    assert (found.p_value, found.wins, found.ties, found.losses) == (1, 0, 200, 0)
+    assert found.verdict.startswith("No difference")
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
@@ -115,6 +131,31 @@ def test_seeds_are_averaged_per_query_and_counted() -> None:
     assert "4 of 6 pairs of seeds agree" in found.format()
 
 
+def test_a_difference_has_to_stand_over_the_seeds_too() -> None:
+    base = draw(300, 10)
+    values = {"a": [make(base)], "b": [make(np.clip(base + step, 0, 1)) for step in (0.3, -0.05, -0.05)]}
+    (found,) = compare_values(values, CONFIG).differences
+    assert found.difference > 0
+    assert found.p_value < 0.001 < 0.05 < found.p_seeds == found.p_holm
+    assert found.verdict.startswith("No difference between b and a could be shown")
+    assert "over queries p < 0.001, over seeds p = 0." in found.verdict
+    values["b"] = [make(np.clip(base + step, 0, 1)) for step in (0.2, 0.21, 0.22)]
+    (found,) = compare_values(values, CONFIG).differences
+    assert found.verdict.startswith("b is better than a")
+    assert found.p_seeds is not None
+    assert found.p_holm == max(found.p_value, found.p_seeds)
+
+
+def test_seeds_are_tested_as_scipy_does() -> None:
+    mine, theirs = np.array([0.5, 0.52, 0.55]), np.array([0.48, 0.51, 0.5])
+    assert compare_seeds(mine, theirs) == pytest.approx(stats.ttest_rel(mine, theirs).pvalue)
+    assert compare_seeds(mine, theirs[:2]) == pytest.approx(stats.ttest_ind(mine, theirs[:2], equal_var=False).pvalue)
+    alone = stats.ttest_1samp(mine, 0.48).pvalue
+    assert compare_seeds(mine, theirs[:1]) == compare_seeds(theirs[:1], mine) == pytest.approx(alone)
+    assert compare_seeds(mine[:1], theirs[:1]) is None
+    assert (compare_seeds(mine, mine), compare_seeds(mine, mine - 0.1)) == (1, 0)
+
+
 def test_what_is_published_is_what_was_found(tmp_path: Path) -> None:
     found = compare_values({"a": [make(draw(20, 8))], "b": [make(draw(20, 9))]}, CONFIG, tmp_path / "out")
     verify_artefact(tmp_path / "out")
@@ -147,5 +188,30 @@ def test_places_of_every_kind_are_read(tmp_path: Path) -> None:
     assert read_system(f"kept={tmp_path / 'evaluation'}", None, ("RR@10",)) == ("kept", [values])
     with pytest.raises(UsageError, match=r"one\.trec: A run is measured by labels\. Name them as --qrels"):
         read_system(str(tmp_path / "one.trec"), None, ("RR@10",))
+    with pytest.raises(UsageError, match=r"evaluation: This was measured already, and --qrels would not count"):
+        read_system(str(tmp_path / "evaluation"), qrels, ("RR@10",))
     with pytest.raises(UsageError, match=r"There is no nDCG@3 here\. --measures can be: RR@10, nDCG@10, R@100"):
         read_system(str(tmp_path / "evaluation"), None, ("nDCG@3",))
+
+
+def test_names_may_hold_dots_and_places_equals_signs(tmp_path: Path) -> None:
+    qrels = {"q1": {"a": 1}}
+    folder = tmp_path / "alpha=0.1"
+    folder.mkdir()
+    for name in ("run.trec", "pair-0.3"):
+        (folder / name).write_text(RUN, encoding="utf-8")
+    assert read_system(str(folder / "run.trec"), qrels, ("RR@10",))[0] == "run"
+    assert read_system(f"x={folder / 'run.trec'}", qrels, ("RR@10",))[0] == "x"
+    assert read_system(str(folder / "pair-0.3"), qrels, ("RR@10",))[0] == "pair-0.3"
+
+
+def test_a_run_of_other_queries_is_refused_and_one_that_lacks_some_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "one.trec"
+    run.write_text(RUN, encoding="utf-8")
+    with pytest.raises(DataError, match=r"The run has no query of the labels\. Take the labels of the split"):
+        read_system(str(run), {"q7": {"a": 1}}, ("RR@10",))
+    _, (values,) = read_system(str(run), {"q1": {"a": 1}, "q7": {"a": 1}}, ("RR@10",))
+    assert values["RR@10"] == {"q1": 1.0, "q7": 0.0}
+    assert "1 of 2 queries of the labels are not in this run; they count as 0." in capsys.readouterr().err

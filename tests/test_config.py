@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from pairdr.config import ARMS, Options, RunConfig, TrainConfig, change_options, list_stages
+from pairdr.config import ARMS, Options, RunConfig, TrainArm, TrainConfig, change_options, list_stages
 from pairdr.errors import UsageError
 from pairdr.store_config import CompareConfig, ExportConfig, IndexConfig, QueryConfig
 
@@ -167,8 +167,19 @@ def test_labelled_only_sees_neither_pseudo_labels_nor_a_teacher() -> None:
     assert (stage.alpha, stage.sources) == (0.0, ("plain",))
 
 
+def test_stage_1_of_pair_can_be_trained_alone() -> None:
+    config = TrainConfig(alpha=0.3)
+    assert list_stages("pair_stage1", config) == list_stages("pair", config)[:1]
+
+
+def test_train_takes_every_arm_and_run_those_of_its_table() -> None:
+    assert get_args(TrainArm) == (*ARMS, "pair_stage1")
+
+
 def test_an_unknown_arm_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(UsageError, match=r"Unknown arm 'best'. There are: labelled_only, query_centric, pair"):
+    with pytest.raises(
+        UsageError, match=r"Unknown arm 'best'. There are: labelled_only, query_centric, pair, pair_stage1"
+    ):
         list_stages("best", TrainConfig())
 
 

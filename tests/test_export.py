@@ -25,6 +25,7 @@ from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, DataError, MissingExtraError, RefusedError, UsageError
 from pairdr.export import export_model
 from pairdr.gate import draw_sample, judge_export, make_sample, refuse_loss
+from pairdr.readme import is_edited
 from pairdr.records import Passage, positives_of
 from pairdr.store_config import ExportConfig
 
@@ -95,6 +96,15 @@ def test_the_manifest_says_what_was_made_of_what_and_how_near_it_is(
     assert judged["loss_low"] <= judged["loss"] <= judged["loss_high"] <= judged["loss"] + 0.1
     assert 0.9 <= judged["cosine_min"] <= judged["cosine_mean"] < 1
     assert 0.5 < judged["overlap"] <= 1
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "# model, for OpenVINO in int8\n" in card
+    low, high = judged["loss_low"], judged["loss_high"]
+    assert f" | {judged['ndcg_export']:.4f} | {judged['loss']:.4f} ({low:.4f} to {high:.4f}) | " in card
+    assert f"dev queries of `{collection.given_name}`" in card
+    command = f"pairdr export model --to openvino-int8 --data {collection.given_name} -o out --export-queries 30"
+    assert f"```sh\n{command}" in card
+    assert str(model.parent) not in card
+    assert not is_edited(card)
 
 
 @pytest.mark.slow
@@ -104,6 +114,11 @@ def test_an_export_without_data_is_judged_by_its_vectors(model: Path, tmp_path: 
     assert set(facts["gate"]) == {"cosine_mean", "cosine_min", "queries", "passages"}
     assert facts["gate"]["cosine_min"] >= 0.9999
     assert encoder.fingerprint == facts["encoder"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"{facts['gate']['cosine_min']:.6f} at least" in card
+    assert "rankings were not compared" in card
+    assert "## The model it was made of\n" in card
+    assert "### A dense passage retriever\n" in card
     again = export_model(model, tmp_path / "again", to="onnx")
     assert again.fingerprint == encoder.fingerprint
     assert str(tmp_path) not in (tmp_path / "out" / "model.onnx").read_bytes().decode(errors="replace")

@@ -47,6 +47,7 @@ from pairdr.search import rank_dense
 from pairdr.searcher import Searcher
 from pairdr.steps import list_arms
 from pairdr.table import Table, compare_systems, read_table
+from pairdr.teachers import DualEncoderTeacher
 from pairdr.vectors import VectorStore
 from pairdr.versions import delete_passages
 from pairdr.work import Work
@@ -411,9 +412,10 @@ def test_a_retriever_is_warmed_only_on_request(
 
 
 def test_a_cut_start_is_compared_with_the_whole_model_which_may_teach(
-    toy: Path, tiny_model: Path, tmp_path: Path
+    toy: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tiny_model)
+    monkeypatch.setattr(DualEncoderTeacher, "_encode", lambda *_: pytest.fail("its vectors are in the work folder"))
     result = run_pipeline(toy, tmp_path / "work", replace(config, model=replace(config.model, layers=1)))
     assert [row.system for row in result.table.rows] == ["bm25", "start", "whole", "pair", "pair_bm25"]
     assert "whole model, untrained" in result.table.format()
@@ -442,6 +444,8 @@ def test_unknown_arms_are_refused_with_those_that_exist() -> None:
 
 def test_pair_is_always_trained_and_last() -> None:
     assert list_arms(RunConfig(arms=("labelled_only",))) == ["labelled_only", "pair"]
+    with pytest.raises(UsageError, match="Unknown arm 'pair_stage1'"):
+        list_arms(RunConfig(arms=("pair_stage1",)))
     assert list_arms(RunConfig(arms=("all",))) == ["labelled_only", "query_centric", "pair"]
 
 

@@ -251,15 +251,17 @@ def test_commands_of_the_page_train_as_the_recipe_says(official: Path) -> None:
     name = {"msmarco": "MARCO", "nq": "NQ"}[official.name]
     recipe = read_recipe(official.name).train.as_dict()
     other = {*SIZES, "alpha", "grad_cache", "gradient_checkpointing", "eval_passages"}
-    for place, alpha in ((f"{name}-BOTH.stage1", 0.1), (f"{name}-PAIR", 0)):
+    for place, alpha in ((f"{name}-STAGE1", 0.1), (f"{name}-PAIR", 0)):
         manifest = read_manifest(official / place, "model")
         assert {key: manifest.facts["contract"][key] for key in CONTRACT} == CONTRACT
         assert manifest.options["alpha"] == alpha
         kept = {key: value for key, value in manifest.options.items() if key in recipe and key not in other}
         assert kept == {key: recipe[key] for key in kept}
-    stages = [read_manifest(official / place).inputs for place in (f"{name}-BOTH.stage1", f"{name}-PAIR")]
+    stages = [read_manifest(official / place).inputs for place in (f"{name}-STAGE1", f"{name}-PAIR")]
     first, second = (read_manifest(official / f"{name}-{n}.examples").fingerprint for n in (1, 2))
     assert [stage["examples"] for stage in stages] == [first, second]
+    steps = [stage["name"] for stage in read_manifest(official / f"{name}-PAIR").facts["stages"]]
+    assert steps == ["pair", "query_centric"]
     ranks = read_manifest(official / f"{name}-PAIR").options["ranks"]
     assert ranks == {"msmarco": 2, "nq": 1}[official.name]
 
@@ -279,6 +281,41 @@ def test_commands_of_the_page_end_in_numbers(official: Path) -> None:
         assert 0 < means["RR@10"] <= means["Success@50"] <= means["Success@1000"] == 1
 
 
+@pytest.mark.slow
+def test_the_card_of_the_last_model_lists_both_stages_and_both_data_sets(official: Path) -> None:
+    name, ranks = {"msmarco": ("MARCO", 2), "nq": ("NQ", 1)}[official.name]
+    card = (official / f"{name}-PAIR" / "README.md").read_text(encoding="utf-8")
+    assert "It was trained the PAIR way" in card
+    assert f"1. pair: (1 - 0.1) L_Q + 0.1 L_P, on the pseudo and labelled rows, in `{name}-STAGE1`" in card
+    assert "2. query-centric: L_Q, on the plain rows" in card
+    assert f"`{name}-2`: " in card
+    assert f"The stages of `{name}-STAGE1` were trained on `{name}-1`; its own card says more of them." in card
+    command = f"pairdr train {name}-2 {name}-2.examples -o {name}-PAIR --arm labelled_only --start {name}-STAGE1 "
+    assert f"```sh\n{'torchrun --nproc_per_node 2 -m -- ' if ranks == 2 else ''}{command}" in card
+    assert str(official) not in card
+    first = (official / f"{name}-STAGE1" / "README.md").read_text(encoding="utf-8")
+    assert "in the first of the two stages of PAIR" in first
+    assert "2. query-centric" not in first
+
+
+def test_copies_of_test_questions_are_kept_out_of_an_import_as_the_page_says(
+    tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_official_files(tmp_path, toy, "nq", "nq", 1)
+    asked = (tmp_path / "nq-test.qa.csv").read_text(encoding="utf-8").split("\t")[0]
+    with (tmp_path / "nq_pretrain.tsv").open("a", encoding="utf-8") as stream:
+        stream.write(f"{asked.upper()}?\tA title\tA text.\t-\tAnother text.\t0\n")
+    monkeypatch.chdir(tmp_path)
+    run("import-data", "nq_pretrain.tsv", "--from", "rocketqa", "-o", "alone", "--dev-queries", 1)
+    for command in read_commands("Copies of test questions in the training files"):
+        if command.startswith("pairdr"):
+            run(*shlex.split(command)[1:], "--dev-queries", 1)
+        else:
+            subprocess.run(command, shell=True, check=True)
+    counts = [len(Examples.open(tmp_path / f"{name}.examples" / "plain.arrow")) for name in ("alone", "NQ-1")]
+    assert counts == [48, 47]  # a question is set aside as dev
+
+
 # --- the cost ---------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +328,33 @@ def print_costs(*arguments: str) -> str:
 
 def test_the_page_shows_what_the_arithmetic_prints() -> None:
     assert f"```\n{print_costs().rstrip()}\n```" in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_whole_way_trains_on_all_rows_in_both_stages() -> None:
+    lines = print_costs(str(ROOT / "recipes" / "msmarco.toml")).splitlines()
+    twice = [line.split()[-3] for line in lines if line.startswith("  train, ") and "cross" not in line]
+    labelled, million, again, million_again = (float(tokens) for tokens in twice)
+    assert (labelled, million) == (again, million_again)
+    assert labelled + million == pytest.approx(1.73e10, rel=0.01)
+
+
+def test_a_recipe_of_data_of_unknown_size_is_refused_in_one_sentence() -> None:
+    path = ROOT / "recipes" / "beir.toml"
+    script = [sys.executable, str(ROOT / "benchmarks" / "recipe_cost.py"), str(path)]
+    done = subprocess.run(
+        script, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(
+        f"{path}: how large its data are is not known here, only those of msmarco.toml and nq.toml"
+    )
+
+
+def test_arms_in_a_recipe_are_read(tmp_path: Path) -> None:
+    recipe = (ROOT / "recipes" / "nq.toml").read_text(encoding="utf-8")
+    (tmp_path / "nq.toml").write_text(f'arms = ["all"]\n{recipe}', encoding="utf-8")
+    assert print_costs(str(tmp_path / "nq.toml")) == print_costs(str(ROOT / "recipes" / "nq.toml"))
 
 
 def test_hours_are_tokens_by_speed() -> None:

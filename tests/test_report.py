@@ -27,18 +27,19 @@ from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, DataError, UsageError
 from pairdr.files import describe_file
 from pairdr.formats import read_run
-from pairdr.geometry import SIMILARITIES, draw_triples
+from pairdr.geometry import SIMILARITIES, describe_relation, draw_triples, say_relation
 from pairdr.label import count_scores
 from pairdr.lengths import count_lengths
 from pairdr.mine import read_candidates
 from pairdr.page_style import POLICY, write_text
 from pairdr.pipeline import run_pipeline
-from pairdr.records import positives_of
+from pairdr.records import Run, positives_of
 from pairdr.report import Absent, Report, gather_report, read_stages
 from pairdr.report_page import format_page, write_report
 from pairdr.report_sections import format_seconds
 from pairdr.store_config import ReportConfig
 from pairdr.table import read_table
+from pairdr.vectors import VectorStore
 
 pytestmark = pytest.mark.slow
 
@@ -407,6 +408,25 @@ def test_the_geometry_is_that_of_the_models_on_the_same_triples(
         assert row.query_violations == pytest.approx((values[:, 0] < values[:, 1]).mean(), abs=2.5 / 240)
         assert all(sum(counts) == 240 for counts in row.counts.values())
         assert f"{row.passage_violations:.1%}" in Page(text).texts["geometry"]
+
+
+def test_what_is_said_before_training_is_what_the_page_says(
+    report: Report, work: Path, collection: Collection, text: str
+) -> None:
+    assert not isinstance(report.geometry, Absent)
+    encoder = DualEncoder.open(work / "models" / "start", device="cpu")
+    ranked, store = read_candidates(work / "candidates").merged, VectorStore(work / "vectors" / "start")
+    said = describe_relation(collection, ranked, encoder, store)
+    assert said == say_relation(report.geometry.models[0].passage_violations, 240)
+    assert said in Page(text).texts["geometry"]
+    assert "cannot be looked at" in describe_relation(collection, Run.from_mapping({}), encoder, store)
+
+
+@pytest.mark.parametrize(("share", "promise"), [(0.1, "little is left for"), (0.101, "has work to do")])
+def test_the_share_of_failing_triples_says_what_the_loss_has_to_do(share: float, promise: str) -> None:
+    said = say_relation(share, 1234)
+    assert said.startswith(f"s(q,p+) > s(p+,p-) fails in {share:.1%} of 1,234 dev triples before training: ")
+    assert promise in said
 
 
 def test_a_triple_is_a_label_and_candidates_that_are_none(work: Path, collection: Collection) -> None:

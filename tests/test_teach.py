@@ -78,7 +78,7 @@ def make_guessing(seed: int, name: str = "guessing") -> FakeTeacher:
 def judge(parts: Parts, *others: Teacher, student: Teacher | None = None, **options: Any) -> TeachResult:
     """Judge teachers against the student; BM25 guesses unless it is among the others."""
     config = TeachConfig(**{"fusion": False, "rerank_depth": 120} | options)
-    base = student or DualEncoderTeacher(parts.encoder, "student", str(parts.start), parts.store)
+    base = student or DualEncoderTeacher(parts.encoder, "student", str(parts.start), [parts.store])
     return judge_teachers(parts.collection, base, make_guessing(0, "bm25"), others, parts.candidates, config)
 
 
@@ -187,7 +187,7 @@ def test_stored_vectors_spare_encoding_the_passages(toy_parts: Parts, monkeypatc
     recipe = {"kind": "dual_encoder", "name": "student", "source": str(toy_parts.start)}
     parts = (recipe, ".", toy_parts.index, ModelConfig())
     expected = load_teacher(*parts).score(queries, rows)
-    teacher = load_teacher(*parts, store=toy_parts.store)
+    teacher = load_teacher(*parts, stores=[toy_parts.store])
     monkeypatch.setattr(DualEncoder, "encode_passages", lambda *_: pytest.fail("encoded again"))
     for one, other in zip(teacher.score(queries, rows), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
@@ -210,7 +210,7 @@ def test_stored_vectors_of_another_model_are_not_used(toy_parts: Parts, bare_mod
     recipe = {"kind": "dual_encoder", "name": "larger", "source": str(bare_model)}
     parts = (recipe, ".", toy_parts.index, ModelConfig())
     expected = load_teacher(*parts).score(queries, rows)[0]
-    np.testing.assert_allclose(load_teacher(*parts, store=toy_parts.store).score(queries, rows)[0], expected)
+    np.testing.assert_allclose(load_teacher(*parts, stores=[toy_parts.store]).score(queries, rows)[0], expected)
 
 
 def test_a_larger_dual_encoder_keeps_its_own_prefixes_and_takes_the_students_lengths(bare_model: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_teacher_that_guesses_is_refused_with_both_numbers(toy_parts: Parts) -
 
 
 def test_the_student_does_not_beat_itself(toy_parts: Parts) -> None:
-    result = judge(toy_parts, DualEncoderTeacher(toy_parts.encoder, "twin", str(toy_parts.start), toy_parts.store))
+    result = judge(toy_parts, DualEncoderTeacher(toy_parts.encoder, "twin", str(toy_parts.start), [toy_parts.store]))
     assert result.verdicts[-1].rr10 == result.verdicts[0].rr10
     assert result.verdicts[-1].p_value == 1.0
     assert not result.accepted
@@ -484,7 +484,7 @@ def choose(parts: Parts, config: TeachConfig, output: Path) -> TeachResult:
         ModelConfig(),
         config,
         output,
-        store=parts.store,
+        stores=[parts.store],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,14 +22,14 @@ from pairdr import losses, objective
 from pairdr import train as module
 from pairdr.artefact import publish, read_manifest, verify_artefact
 from pairdr.collection import open_collection
-from pairdr.config import DataConfig, LabelConfig, StageConfig, TrainConfig, WarmConfig, list_stages
+from pairdr.config import DataConfig, LabelConfig, ModelConfig, StageConfig, TrainConfig, WarmConfig, list_stages
 from pairdr.encoder import DualEncoder
 from pairdr.errors import ArtefactError, PairdrError, UsageError
 from pairdr.formats import Examples, write_examples
 from pairdr.label import label_examples
 from pairdr.records import positives_of
 from pairdr.teachers import LexicalTeacher
-from pairdr.train import count_steps, read_stage_examples, train_model
+from pairdr.train import count_steps, is_trained, read_stage_examples, train_model
 from pairdr.warm import warm_student
 
 if TYPE_CHECKING:
@@ -115,6 +116,52 @@ def test_the_alarm_of_both_stages_compares_with_the_start_model(
     said = capsys.readouterr().err
     assert "pair, step 1: dev_RR@10 0.3000 is below the start model's 0.5000" in said
     assert "query_centric, step 1: dev_RR@10 0.4000 is below the start model's 0.5000" in said
+
+
+@pytest.mark.slow
+def test_stage_1_alone_is_the_model_between_the_stages(toy_parts: Parts, examples: Path, tmp_path: Path) -> None:
+    config = make_config()
+    for arm in ("pair", "pair_stage1"):
+        stages = list_stages(arm, config)
+        train_model(toy_parts.collection, examples, toy_parts.start, stages, config, tmp_path / arm)
+    assert not (tmp_path / "pair_stage1.stage1").exists()
+    between, alone = (read_manifest(tmp_path / name, "model") for name in ("pair.stage1", "pair_stage1"))
+    assert between.fingerprint == alone.fingerprint
+
+
+def test_stages_and_data_of_a_start_that_was_trained_come_first(
+    toy_parts: Parts, toy: Path, examples: Path, tmp_path: Path
+) -> None:
+    first = train(toy_parts, examples, tmp_path / "first", PAIR, max_steps=1)
+    first.save_copy(tmp_path / "start", ModelConfig(start=str(tmp_path / "first")))
+    stages, config = (QUERY,), make_config(max_steps=1)
+    train_model(toy_parts.collection, examples, tmp_path / "start", stages, config, tmp_path / "second")
+    for name, wanted in (("first", ["pair"]), ("start", ["pair"]), ("second", ["pair", "query_centric"])):
+        manifest = read_manifest(tmp_path / name, "model")
+        assert [stage["name"] for stage in manifest.facts["stages"]] == wanted
+        assert manifest.options["trained_on"] == [toy.name]
+
+
+def test_data_under_another_name_train_nothing_anew(
+    toy_parts: Parts, toy: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(toy_parts, examples, tmp_path / "model", QUERY, max_steps=1)
+    renamed = open_collection(shutil.copytree(toy, tmp_path / "renamed"))
+    monkeypatch.setattr(module, "run_stage", pytest.fail)
+    train_model(renamed, examples, toy_parts.start, (QUERY,), make_config(max_steps=1), tmp_path / "model")
+
+
+def test_a_model_of_another_number_of_ranks_is_refused_and_named(
+    toy_parts: Parts, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(toy_parts, examples, tmp_path / "model", QUERY, max_steps=1)
+    manifest = read_manifest(tmp_path / "model")
+    assert is_trained(tmp_path / "model", manifest.options, manifest.inputs)
+    monkeypatch.setattr("pairdr.checkpoint.count_ranks", lambda: 4)
+    options = manifest.options | {"ranks": 4}
+    with pytest.raises(UsageError, match=r"begun with 1 ranks and cannot go on exactly with 4\. Start 1 ranks, or del"):
+        is_trained(tmp_path / "model", options, manifest.inputs)
+    assert not is_trained(tmp_path / "model", options | {"alpha": 0.7}, manifest.inputs)
 
 
 def test_the_model_between_the_stages_stands_beside(toy_parts: Parts, examples: Path, tmp_path: Path) -> None:

@@ -56,6 +56,26 @@ def find_data(name: str | Path, cache: Path) -> Place:
     return place
 
 
+def name_data(place: Place) -> str:
+    """Return what data are called where others may have them.
+
+    Args:
+        place: what `find_data` gave.
+
+    Returns:
+        `ir:NAME` or `hf:NAME` as it was given, a URL without its password, or the name of a folder.
+    """
+    if not isinstance(place, Path):
+        return str(place)
+    try:
+        given = str(read_manifest(place, "beir").options.get("source", ""))
+    except ArtefactError:
+        given = ""
+    kind, _, name = given.partition(":")
+    is_local = Path(name.partition(",")[0]).is_absolute() or Path(name.partition(",")[0]).exists()
+    return given if kind in READERS and not is_local else place.resolve().name
+
+
 def _parse_name(text: str, whole: str) -> tuple[str, dict[str, str]]:
     """Return the data set's name, and split to subset."""
     source, *assignments = text.split(",")
