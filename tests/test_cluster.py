@@ -238,7 +238,7 @@ def test_a_killed_call_has_its_scores_and_the_next_makes_the_others(
         "import sys; from pairdr import scoring; scoring.PART = 2; from pairdr.cli import main; main(sys.argv[1:])"
     )
     child = subprocess.Popen([sys.executable, "-c", program, *command, "-o", str(tmp_path / "ray"), *spread])
-    while child.poll() is None and len(list((tmp_path / "ray.parts").rglob("*.npy"))) < 3:
+    while child.poll() is None and len(list((tmp_path / "ray.parts").rglob("[!.]*.npy"))) < 3:
         time.sleep(0.01)
     child.kill()
     child.communicate()
