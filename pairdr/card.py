@@ -98,6 +98,9 @@ def write_train_cards(
         stages: those that ran.
         arm: what they are called together.
         options: of data, model and training.
+
+    Raises:
+        ArtefactError: a model is not there, or is broken.
     """
     names = (collection.given_name, examples.resolve().name, "-o", output.resolve().name, "--arm", arm)
     command = format_command(["pairdr", "train", *names], *options)

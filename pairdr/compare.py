@@ -16,9 +16,9 @@ import numpy as np
 
 from pairdr.artefact import publish
 from pairdr.errors import DataError, UsageError
-from pairdr.evaluate import PER_QUERY, measure_file, read_evaluation
+from pairdr.evaluate import PER_QUERY, read_answered, read_evaluation
 from pairdr.files import hash_json, write_json
-from pairdr.measures import EQUAL, PerQuery, compute_p_value, find_interval, mean_measures
+from pairdr.measures import EQUAL, PerQuery, compute_p_value, find_interval, mean_measures, measure_run
 from pairdr.parts import is_work_folder
 from pairdr.records import Qrels
 from pairdr.store_config import CompareConfig
@@ -177,10 +177,20 @@ def read_system(text: str, qrels: Qrels | None, measures: Sequence[str]) -> tupl
         UsageError: a run without labels, labels for what was measured already, or measures that it does not have.
         DataError: a run that has no query of the labels.
     """
-    name, equals, places = ("", "", text) if Path(text).exists() else text.partition("=")
-    paths = [Path(place) for place in (places if equals or not name else name).split(",")]
+    name, equals, places = text.partition("=")
+    if _is_there(text):
+        name, paths = "", [Path(text)]
+    else:
+        paths = [Path(place) for place in (places if equals else text).split(",")]
     values = [_read_values(path, qrels, measures) for path in paths]
-    return name if equals else paths[0].name.removesuffix(".trec"), values
+    return name if equals and name else paths[0].name.removesuffix(".trec"), values
+
+
+def _is_there(place: str) -> bool:
+    try:
+        return Path(place).exists()
+    except OSError:  # several places make a name that is too long
+        return False
 
 
 def _read_values(place: Path, qrels: Qrels | None, measures: Sequence[str]) -> PerQuery:
@@ -195,7 +205,7 @@ def _read_values(place: Path, qrels: Qrels | None, measures: Sequence[str]) -> P
     elif qrels is None:
         raise UsageError("A run is measured by labels.", path=place, remedy="Name them as --qrels.")
     else:
-        return measure_file(place, qrels, measures)
+        return measure_run(read_answered(place, qrels), qrels, measures)
     absent = [name for name in measures if name not in values]
     if absent:
         raise UsageError(

@@ -124,6 +124,9 @@ class DualEncoder:
         Args:
             folder: where it will stand.
             config: what it was loaded with.
+
+        Raises:
+            ArtefactError: the folder that it was loaded from is broken, or `folder` cannot be written.
         """
         options, facts = config.as_dict(), {}
         if (Path(config.start) / MANIFEST).is_file():

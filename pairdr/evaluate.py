@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pairdr.files import hash_file
 from pairdr.formats import read_qrels, read_run, read_unlabelled
 from pairdr.measures import PerQuery, mean_measures, measure_run
 from pairdr.progress import say
-from pairdr.records import Qrels, Query, Run
+from pairdr.records import Qrels, Query, Run, positives_of
 
 PER_QUERY = "per_query.json"
 
@@ -114,6 +113,7 @@ def evaluate_files(
 
     Raises:
         UsageError: both labels and answers, or neither; labels, and options of how answers are read.
+        DataError: the run has no query of the labels.
     """
     if qrels is not None and answers.path is None and answers.data is None:
         if answers != AnswerFiles():
@@ -121,11 +121,9 @@ def evaluate_files(
                 "--queries, --split, --answer-mode and --on-duplicate go with --answers and --data.",
                 remedy="Leave them out: labels say which queries count; for a split, name its own labels.",
             )
-        values = measure_file(run, read_qrels(qrels), config.measures)
-        if output is not None:
-            inputs = {"run": hash_file(_find_run(run)), "qrels": hash_file(qrels)}
-            _publish(values, config.as_dict(), inputs, output)
-        return values
+        inputs = {"run": hash_file(_find_run(run)), "qrels": hash_file(qrels)}
+        labels = read_qrels(qrels)
+        return evaluate_run(read_answered(run, labels), labels, config, output, inputs=inputs)
     if qrels is not None or answers.path is None or answers.data is None:
         raise UsageError("A run is measured by labels (QRELS), or by --answers in the passages of --data.")
     found = read_run(_find_run(run))
@@ -145,23 +143,22 @@ def evaluate_files(
     return evaluate_answers(found, accepted, collection, config, output, mode=answers.mode, inputs=inputs)
 
 
-def measure_file(place: Path, qrels: Qrels, measures: Sequence[str]) -> PerQuery:
-    """Measure the run of a file or folder, and say how many queries of the labels it lacks.
+def read_answered(place: Path, qrels: Qrels) -> Run:
+    """Read the run of a file or folder, and say how many queries of the labels it lacks.
 
     Raises:
         DataError: it has none of them.
     """
     run = read_run(_find_run(place))
-    values = measure_run(run, qrels, measures)
-    asked = next(iter(values.values()))
+    asked = [query_id for query_id in qrels if positives_of(qrels, query_id)]
     missing = sum(query_id not in run for query_id in asked)
-    if missing == len(asked):
+    if asked and missing == len(asked):
         raise DataError(
             "The run has no query of the labels.", path=place, remedy="Take the labels of the split that was searched."
         )
     if missing:
         say(f"{place}: {missing} of {len(asked)} queries of the labels are not in this run; they count as 0.")
-    return values
+    return run
 
 
 def _find_run(place: Path) -> Path:

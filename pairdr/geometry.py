@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SIMILARITIES = ("s(q,p+)", "s(q,p-)", "s(p+,p-)")
 BINS = 40
 RARE = 0.1
-"""Share of triples up to which the passage-centric relation is taken to hold already (docs/results.md, the study)."""
+"""Share of triples up to which the passage-centric relation is taken to hold already: a border by judgement."""
 
 
 class Triple(NamedTuple):
@@ -119,6 +119,10 @@ def describe_relation(
         encoder: the model that training starts from.
         store: its vectors of the passages.
         config: how many queries and negatives, and the seed of the sample.
+
+    Raises:
+        ArtefactError: the vectors are not this encoder's.
+        DataError: a passage has no vector.
     """
     triples = draw_triples(collection, ranked, config)
     if not triples:

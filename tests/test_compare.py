@@ -203,6 +203,12 @@ def test_names_may_hold_dots_and_places_equals_signs(tmp_path: Path) -> None:
     assert read_system(str(folder / "run.trec"), qrels, ("RR@10",))[0] == "run"
     assert read_system(f"x={folder / 'run.trec'}", qrels, ("RR@10",))[0] == "x"
     assert read_system(str(folder / "pair-0.3"), qrels, ("RR@10",))[0] == "pair-0.3"
+    (folder / "a,b.trec").write_text(RUN, encoding="utf-8")
+    name, seeds = read_system(str(folder / "a,b.trec"), qrels, ("RR@10",))
+    assert (name, len(seeds)) == ("a,b", 1)
+    many = ",".join([str(folder / "run.trec")] * 40)  # longer than a name may be
+    name, seeds = read_system(f"x={many}", qrels, ("RR@10",))
+    assert (name, len(seeds)) == ("x", 40)
 
 
 def test_a_run_of_other_queries_is_refused_and_one_that_lacks_some_says_so(
