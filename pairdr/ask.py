@@ -52,6 +52,7 @@ def answer_questions(
         questions = [collection.query(query_id) for query_id in collection.qrels(split)]
     else:
         questions = [Query(query_id, text) for _, query_id, text in read_unlabelled(queries or Path())]
+    before = searcher.describe_index(**options)
     return write_search(
         searcher.rank(questions, k, **options),
         SearchConfig(k=k),
@@ -59,8 +60,29 @@ def answer_questions(
         total=len(questions),
         inputs=inputs,
         options=kept,
-        describe=lambda: searcher.describe_index(**options),
+        describe=lambda: _describe_way(searcher, **options) | _subtract(searcher.describe_index(**options), before),
     )
+
+
+def _describe_way(searcher: Searcher, **options: Any) -> dict[str, Any]:
+    """Return how questions are answered: what was settled where the options, or a work folder, leave it open."""
+    config = searcher.settle(**options)
+    facts: dict[str, Any] = {"mode": config.mode}
+    if config.mode == "hybrid":
+        weights = None if config.fusion == "rrf" else searcher.weights
+        facts |= {"fusion": "rrf" if weights is None else "weighted", "depth": config.depth}
+        facts |= {} if weights is None else {"weights": [float(weight) for weight in weights]}
+    if config.mode != "dense" and searcher.words is not None:
+        facts["words"] = searcher.words.fingerprint
+    return facts
+
+
+def _subtract(facts: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Return facts of an index whose exact searches are those of one run: the index counts since it was opened."""
+    if "exact_searches" not in facts.get("index", {}):
+        return facts
+    count = facts["index"]["exact_searches"] - before["index"]["exact_searches"]
+    return facts | {"index": facts["index"] | {"exact_searches": count}}
 
 
 def can_be_asked(place: Path) -> bool:
@@ -83,10 +105,16 @@ def measure_searcher(
         output: a folder for the values per query; the run stands beside it, as `<output>.run`.
 
     Raises:
-        UsageError: a measure that nobody knows.
+        UsageError: a measure that nobody knows, or one without a cutoff, which looks at all passages.
         DataError: the split has no labels.
     """
-    cutoffs = [measure.params.get("cutoff", 0) for measure in parse_measures(config.measures)]
+    cutoffs = [int(measure.params.get("cutoff", 0)) for measure in parse_measures(config.measures)]
+    endless = [name for name, cutoff in zip(config.measures, cutoffs, strict=True) if not cutoff]
+    if endless:
+        raise UsageError(
+            f"No depth of a search is deep enough for {', '.join(endless)}.",
+            remedy="Write AP@100 in place of AP, and so on; or write a run with -k, and measure that.",
+        )
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "run" if output is None else Path(f"{output}.run")
         run = answer_questions(searcher, place, max(SearchConfig().k, *cutoffs), collection=collection, split=split)

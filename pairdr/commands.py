@@ -356,7 +356,9 @@ def evaluate(
     if can_be_asked(place):
         if data is None or qrels is not None or files != AnswerFiles(data=data, split=split, on_duplicate=on_duplicate):
             raise UsageError(
-                "A search is measured by the labels of a split.", path=place, remedy="Name --data, and its --split."
+                "A search is measured by the labels of a split of --data.",
+                path=place,
+                remedy="Name --data, and leave labels, --answers and --queries out.",
             )
         quiet_libraries()
         collection = open_collection(data, DataConfig(on_duplicate=on_duplicate))

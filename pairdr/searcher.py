@@ -33,7 +33,7 @@ Systems = Mapping[str, Allowed | None]
 """What is asked, dense or bm25, and which of its own rows [N] may be found; None is all."""
 Way = Literal["dense", "bm25", "hybrid"]
 KEPT_FILTERS = 16
-"""Filters whose rows a searcher remembers."""
+"""Filters whose rows a searcher remembers; for hybrid one counts twice, of the vectors and of the words."""
 RERANKED = 50
 """Best passages that a reranker puts into a new order, where nobody says otherwise."""
 
@@ -90,7 +90,7 @@ class Searcher:
                 remedy="Open both again.",
             )
         self.store, self.words, self.config = store, words, config
-        self._encoder, self._index, self._reranker, self._weights = encoder, index, reranker, weights
+        self._encoder, self._index, self._reranker, self.weights = encoder, index, reranker, weights
         self._matches: dict[tuple[str, tuple[str, ...]], Allowed] = {}
         self._remembering = threading.Lock()
 
@@ -109,7 +109,7 @@ class Searcher:
 
         Args:
             place: the folder.
-            model: what made the vectors; a work folder names its own, and only the device counts.
+            model: what made the vectors; a work folder names its own, and only the device counts, or an export of it.
             words: BM25 by `pairdr index-words`; a work folder has its own.
             index: an index by `pairdr index`: a folder, or the URL of a database.
             reranker: "teacher" for that of a work folder; else a cross-encoder's folder or hub name.
@@ -117,6 +117,7 @@ class Searcher:
 
         Raises:
             ArtefactError: there is no such folder, or its parts do not fit each other.
+            UsageError: a model that is no export of the work folder's, or both an index and workers.
         """
         parts = find_parts(place, words=words, index=index)
         return open_searcher(parts, parts.open_encoder(model), reranker=reranker, device=model.device, workers=workers)
@@ -134,14 +135,12 @@ class Searcher:
         """
         return self.search_many([text], k, **options)[0]
 
-    def search_many(
-        self, texts: Sequence[str], k: int = 10, *, vectors: Known | None = None, **options: Any
-    ) -> list[list[Hit]]:
-        """Return the k best passages for each question, as `search`; with `vectors` of the questions none are made."""
+    def search_many(self, texts: Sequence[str], k: int = 10, **options: Any) -> list[list[Hit]]:
+        """Return the k best passages for each question, as `search`; all that `rank` takes may be given."""
         if not all(text.strip() for text in texts):
             raise UsageError("The question is empty.", remedy="Write one.")
         queries = [Query(str(number), text) for number, text in enumerate(texts)]
-        ranked = [hits for _, block in self.rank(queries, k, vectors=vectors, **options) for hits in block]
+        ranked = [hits for _, block in self.rank(queries, k, **options) for hits in block]
         return [[Hit(*hit, passage) for hit, passage in zip(hits, self._read(hits), strict=True)] for hits in ranked]
 
     def settle(self, **options: Any) -> QueryConfig:
@@ -161,8 +160,8 @@ class Searcher:
         """Return what reranks, or None."""
         return self._reranker
 
-    def match_filters(self, **options: Any) -> None:
-        """Look up ahead which passages fit the filters of a search; those of the last few are remembered.
+    def match_filters(self, **options: Any) -> Systems:
+        """Return, to be given to a search, which passages fit its filters; those of the last few are remembered.
 
         Args:
             **options: of `QueryConfig`, those of the search.
@@ -170,28 +169,38 @@ class Searcher:
         Raises:
             UsageError: what is no filter, or a field that no passage has.
         """
-        self._choose_systems(self.settle(**options))
+        return self._choose_systems(self.settle(**options))
 
     def describe_index(self, **options: Any) -> dict[str, Any]:
-        """Return by which index such questions were answered; nothing where exact search or words alone answered."""
+        """Return by which index, or how many workers, such questions were answered; nothing of exact search here."""
         if self._index is None or self.settle(**options).mode == "bm25":
             return {}
         return {"index": self._index.describe()}
 
-    def rank(self, queries: Iterable[Query], k: int, *, vectors: Known | None = None, **options: Any) -> Blocks:
+    def rank(
+        self,
+        queries: Iterable[Query],
+        k: int,
+        *,
+        vectors: Known | None = None,
+        matched: Systems | None = None,
+        **options: Any,
+    ) -> Blocks:
         """Return blocks of query ids and their k best passages, for as many queries as there are.
 
         Args:
             queries: the questions.
             k: how many passages each.
             vectors: of the questions, where they were made before.
+            matched: by `match_filters` with the same options, where that was called before.
             **options: of `QueryConfig`.
 
         Raises:
             UsageError: k below 1, or options that need a part that is not here.
         """
         config = self.settle(**options)
-        return self._rank_blocks(queries, SearchConfig(k=k), config, self._choose_systems(config), vectors)
+        systems = self._choose_systems(config) if matched is None else matched
+        return self._rank_blocks(queries, SearchConfig(k=k), config, systems, vectors)
 
     def _rank_blocks(
         self,
@@ -244,8 +253,8 @@ class Searcher:
             return runs[0]
         names = [str(number) for number in range(len(block))]  # a question may be asked twice
         found = [Run.from_mapping(dict(zip(names, ranked, strict=True))) for ranked in runs]
-        weighted = config.fusion == "weighted" or (config.fusion == "auto" and self._weights is not None)
-        run = fuse_runs(found, self._weights or (), depth) if weighted else fuse_ranks(found, depth)
+        weighted = config.fusion == "weighted" or (config.fusion == "auto" and self.weights is not None)
+        run = fuse_runs(found, self.weights or (), depth) if weighted else fuse_ranks(found, depth)
         return [run[name] for name in names]
 
     def _fold(self, hits: Sequence[Scored]) -> list[Scored]:
@@ -277,7 +286,7 @@ class Searcher:
         names = ("dense", "bm25") if config.mode == "hybrid" else (config.mode,)
         if "bm25" in names and self.words is None:
             raise UsageError("There is no BM25 here.", remedy="Give --words, made by pairdr index-words.")
-        if config.fusion == "weighted" and self._weights is None:
+        if config.fusion == "weighted" and self.weights is None:
             raise UsageError("No weights were chosen for these vectors.", remedy="Use --fusion rrf.")
         if config.rerank and self._reranker is None:
             raise UsageError("There is nothing to rerank with.", remedy="Give --reranker.")

@@ -25,9 +25,10 @@ from storing import SIZE, WordEncoder, make_texts, to_passages, write_collection
 
 from pairdr import load as load_stage
 from pairdr.artefact import read_manifest
-from pairdr.ask import answer_questions
+from pairdr.ask import answer_questions, measure_searcher
 from pairdr.cli import main
-from pairdr.config import EncodeConfig, LexicalConfig, ModelConfig, SearchConfig
+from pairdr.collection import open_collection
+from pairdr.config import EncodeConfig, EvaluateConfig, LexicalConfig, ModelConfig, SearchConfig
 from pairdr.encode import encode_corpus, upsert_passages
 from pairdr.errors import (
     ArtefactError,
@@ -45,14 +46,15 @@ from pairdr.indexes import postgres as postgres_server
 from pairdr.indexes.address import is_url, read_address
 from pairdr.indexes.candidates import Effort
 from pairdr.indexes.database import DatabaseIndex, mask_live, open_database, stamp_database
-from pairdr.indexes.engine import read_offsets
+from pairdr.indexes.engine import Database, read_offsets
 from pairdr.indexes.exact import search_exact
+from pairdr.indexes.sharded import ShardedIndex
 from pairdr.lexical import index_words
 from pairdr.load import describe_database, drop_database, load_database
 from pairdr.records import Passage
 from pairdr.searcher import Searcher
 from pairdr.serve.shelf import Shelf
-from pairdr.store_config import IndexConfig
+from pairdr.store_config import IndexConfig, QueryConfig
 from pairdr.vectors import VectorStore
 from pairdr.versions import compact_store, delete_passages
 
@@ -379,10 +381,9 @@ def test_rows_of_a_killed_update_go_with_their_shard(
     load_database(first, url, CONFIG)
     upsert_passages(make_passages(380)[300:], ENCODER, SHARDS, tmp_path / "v")
     add = load_stage._add_rows
-    monkeypatch.setattr(load_stage, "_add_rows", lambda *arguments: (add(*arguments), _interrupt()))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(load_stage, "_add_rows", lambda *arguments: (add(*arguments), _interrupt()))
         load_database(VectorStore(tmp_path / "v"), url, CONFIG)
-    monkeypatch.undo()
     assert describe_database(url)["count"] == 380
     require_found(DatabaseIndex.open(url, first), first)
     delete_passages(tmp_path / "v", [f"p{n:03d}" for n in range(300, 380)])
@@ -399,12 +400,11 @@ def test_rows_that_a_killed_update_left_are_taken_out_by_the_next(
     delete_passages(tmp_path / "v", ["p007", "p120"])
     second = compact_store(tmp_path / "v")
     engine = type(open_database(url))
-    monkeypatch.setattr(engine, "remove", _interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "remove", _interrupt)
         load_database(second, url, CONFIG)
     for store in (first, second):
         require_found(DatabaseIndex.open(url, store), store)
-    monkeypatch.undo()
     load_database(second, url, CONFIG)
     assert describe_database(url)["count"] == 298
 
@@ -431,11 +431,11 @@ def test_a_graph_that_milvus_does_not_build_ends_the_load_and_the_next_goes_on(
     import pymilvus
 
     url = server.url()
-    monkeypatch.setattr("pairdr.indexes.milvus._STALL", 0.5)
-    monkeypatch.setattr(pymilvus.MilvusClient, "describe_index", lambda *_: {"pending_index_rows": 7})
-    with pytest.raises(ServerError, match=r"nothing of its graph for 0 seconds; 7 rows are left\..*goes on where"):
+    said = r"nothing of its graph for 0 seconds; 7 rows are left\..*goes on where"
+    with monkeypatch.context() as patch, pytest.raises(ServerError, match=said):
+        patch.setattr("pairdr.indexes.milvus._STALL", 0.5)
+        patch.setattr(pymilvus.MilvusClient, "describe_index", lambda *_: {"pending_index_rows": 7})
         load_database(kept, url, CONFIG)
-    monkeypatch.undo()
     monkeypatch.setattr(load_stage, "_add_rows", None)  # the rows are there
     load_database(kept, url, CONFIG)
 
@@ -573,9 +573,18 @@ def test_who_may_read_a_load_may_read_the_next(postgres: Postgres, kept: VectorS
     for index in (reader, DatabaseIndex.open(postgres.url(name, user="reader"), kept)):
         index._next_look = 0
         require_found(index, kept)
-        assert index.answered_exactly == 0
+        assert index.exact_searches == 0
     with pytest.raises(ServerError, match="does not let this user do that: permission denied for table"):
         reader.database.add(reader.load, np.array([1]), ["x"], np.zeros((1, SIZE), np.float32), [[]])
+
+
+def test_words_of_postgres_count_where_it_names_no_state(postgres: Postgres) -> None:
+    database = open_database(postgres.url())
+    said = 'The server refuses: role "nobody" does not exist'  # with the state 42704
+    with pytest.raises(ServerError, match=said), database._ask() as connection:
+        connection.execute("GRANT pg_monitor TO nobody")
+    with pytest.raises(ServerError, match=r"The server refuses this user or password: .*nobody"):
+        open_database(postgres.url(user="nobody"))
 
 
 def test_a_milvus_that_refuses_a_token_is_named(milvus: Milvus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -811,21 +820,22 @@ def test_a_load_does_not_wait_for_a_frozen_server_for_ever(
     url, add, frozen = postgres.url(), load_stage._add_rows, list[int]()
 
     def freeze(*arguments: Any) -> None:
+        patch.setattr(pgvector, "_SILENCE", 0.2)  # what comes before has its time
         query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pairdr'"
         frozen.extend(pid for (pid,) in postgres.execute(query))
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
         add(*arguments)
 
-    monkeypatch.setattr(pgvector, "_SILENCE", 0.2)
-    monkeypatch.setattr(load_stage, "_add_rows", freeze)
-    try:
-        with pytest.raises(ServerError, match="The server does not answer"):
-            load_database(kept, url, CONFIG)
-    finally:
-        for pid in frozen:
-            os.kill(pid, signal.SIGCONT)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(load_stage, "_add_rows", freeze)
+        try:
+            with pytest.raises(ServerError, match="The server does not answer"):
+                load_database(kept, url, CONFIG)
+        finally:
+            for pid in frozen:
+                os.kill(pid, signal.SIGCONT)
+    assert frozen
     for _ in range(50):  # until the lock of the connection that was frozen is gone
         with contextlib.suppress(BusyError):
             require_found(load_database(kept, url, CONFIG), kept)
@@ -834,17 +844,43 @@ def test_a_load_does_not_wait_for_a_frozen_server_for_ever(
     pytest.fail("the load does not go on")
 
 
+def test_what_a_load_takes_out_or_counts_does_not_wait_for_a_frozen_server(
+    postgres: Postgres, kept: VectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.url()
+    load = load_database(kept, url, CONFIG).load
+    asked: list[Callable[[Database], object]] = [
+        lambda database: database.count(load),
+        lambda database: database.measure_size(load),
+        lambda database: database.remove(load, np.array([-1])),
+        lambda database: database.drop(f"{load}_other"),
+    ]
+    for ask in asked:
+        database = open_database(url)
+        database.find_load()
+        pid = database._server._open.info.backend_pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with monkeypatch.context() as patch, pytest.raises(ServerError, match="The server does not answer"):
+                patch.setattr(pgvector, "_SILENCE", 0.1)
+                ask(database)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        database.close()
+    assert describe_database(url)["count"] == 300
+
+
 def test_while_a_server_is_away_exact_search_answers_and_says_so_once(
     postgres: Postgres, kept: VectorStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = load_database(kept, postgres.url(), CONFIG)
     asked: list[int] = []
-    monkeypatch.setattr(type(index.database), "search", lambda *arguments: asked.append(1) or _be_away())
-    for _ in range(3):
-        assert index.search(QUERIES, 10)[0].tolist() == find_exactly(kept, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(index.database), "search", lambda *arguments: asked.append(1) or _be_away())
+        for _ in range(3):
+            assert index.search(QUERIES, 10)[0].tolist() == find_exactly(kept, 10)
     assert capsys.readouterr().err.count("exact search answers, since") == 1
     assert asked == [1]  # it is left alone for a while
-    monkeypatch.undo()
     index._next_look = 0
     index.search(QUERIES, 10)
     assert "answers again" in capsys.readouterr().err
@@ -961,15 +997,15 @@ def test_the_commands_take_urls(
         assert read_manifest(tmp_path / "e.run").facts.get("index") == described[-1]
     assert json.loads(measured[0]) == pytest.approx(json.loads(measured[1]), abs=0.05)
     for arguments, said in (
-        (("v", toy / "qrels" / "test.tsv"), "measured by the labels of a split. Name --data"),
-        (("v", "--data", toy, "--answers", toy), "measured by the labels of a split. Name --data"),
+        (("v", toy / "qrels" / "test.tsv"), "measured by the labels of a split of --data. Name --data"),
+        (("v", "--data", toy, "--answers", toy), "measured by the labels of a split of --data. Name --data"),
         (("run", toy / "qrels" / "test.tsv", "--index", url), "searched already. Leave --index and --start out"),
     ):
         assert call("evaluate", tmp_path / arguments[0], *arguments[1:]) == 2
         assert said in capsys.readouterr().err
     place, facts = read_address(url).shown, describe_database(url)
     assert described == [
-        {"place": place, "revision": facts["revision"], "effort": facts["effort"], "answered_exactly": 0},
+        {"place": place, "revision": facts["revision"], "effort": facts["effort"], "exact_searches": 0},
         None,
         {"place": str(tmp_path / "hnsw")}
         | {"fingerprint": read_manifest(tmp_path / "hnsw").fingerprint}
@@ -994,13 +1030,49 @@ def test_a_run_says_what_exact_search_answered_in_place_of_its_database(
         return search(*arguments) if len(asked) == 1 else _be_away()
 
     monkeypatch.setattr(type(index.database), "search", be_away_later)
-    run = answer_questions(
-        Searcher(kept, ENCODER, index=index), tmp_path / "run", 5, queries=tmp_path / "questions.txt"
-    )
-    assert len(run) == 300
-    kept_of_it = (tmp_path / "run" / "manifest.json").read_text(encoding="utf-8")
-    assert json.loads(kept_of_it)["facts"]["index"]["answered_exactly"] == 300 - SearchConfig().query_block
-    assert "hush" not in kept_of_it
+    searcher = Searcher(kept, ENCODER, index=index)
+    for name, count in (("first", 300 - SearchConfig().query_block), ("second", 300)):
+        assert len(answer_questions(searcher, tmp_path / name, 5, queries=tmp_path / "questions.txt")) == 300
+        kept_of_it = (tmp_path / name / "manifest.json").read_text(encoding="utf-8")
+        assert json.loads(kept_of_it)["facts"]["index"]["exact_searches"] == count  # of this run alone
+        assert "hush" not in kept_of_it
+
+
+def test_a_run_says_how_it_was_searched(kept: VectorStore, tmp_path: Path) -> None:
+    words = index_words(kept, LexicalConfig(), tmp_path / "bm25")
+    (tmp_path / "questions.txt").write_text("w3 t3\n", encoding="utf-8")
+    chosen = Searcher(
+        kept, ENCODER, words=words, weights=(0.25, 0.75), config=QueryConfig(mode="hybrid", depth=20)
+    )  # as a work folder is opened
+    bm25 = {"words": words.fingerprint}
+    with ShardedIndex(kept, 2, block=100) as index:
+        shared = Searcher(kept, ENCODER, words=words, index=index)
+        asked: list[tuple[Searcher, dict[str, Any], dict[str, Any]]] = [
+            (Searcher(kept, ENCODER), {}, {"mode": "dense"}),
+            (
+                chosen,
+                {},
+                bm25 | {"mode": "hybrid", "fusion": "weighted", "depth": 20, "weights": [0.25, 0.75]},
+            ),
+            (chosen, {"fusion": "rrf"}, bm25 | {"mode": "hybrid", "fusion": "rrf", "depth": 20}),
+            (chosen, {"mode": "dense"}, {"mode": "dense"}),
+            (shared, {}, bm25 | {"mode": "hybrid", "fusion": "rrf", "depth": 100, "index": {"workers": 2}}),
+            (shared, {"mode": "bm25"}, bm25 | {"mode": "bm25"}),
+        ]
+        for number, (searcher, options, facts) in enumerate(asked):
+            answer_questions(searcher, tmp_path / str(number), 5, queries=tmp_path / "questions.txt", **options)
+            assert read_manifest(tmp_path / str(number), "run").facts == {"queries": 1, "hits": 5} | facts
+
+
+@pytest.mark.parametrize("measures", [("AP", "R@10"), ("RR@10", "nDCG", "MRR")])
+def test_a_search_is_not_measured_by_what_looks_at_all_passages(
+    kept: VectorStore, toy: Path, tmp_path: Path, measures: tuple[str, ...]
+) -> None:
+    config = EvaluateConfig(measures=measures)
+    endless = ", ".join(name for name in measures if "@" not in name)
+    with pytest.raises(UsageError, match=rf"deep enough for {endless}\. Write AP@100"):
+        measure_searcher(Searcher(kept, ENCODER), open_collection(toy), "test", config, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_service_follows_a_database(
@@ -1022,17 +1094,17 @@ def test_the_service_follows_a_database(
     load_database(VectorStore(place), url, rebuild)
     assert shelf.refresh() == [place.name]
     before = shelf.take(None).version
-    monkeypatch.setattr(database_index, "stamp_database", lambda url: _be_away())
-    capsys.readouterr()
-    assert (shelf.refresh(), shelf.stale, shelf.take(None).version) == ([], {}, before)
-    (first,) = shelf.take(None).searcher.search("a river", 1)
-    delete_passages(place, [first.passage_id])
-    index_words(VectorStore(place), LexicalConfig(), place.parent / "bm25")
-    assert (shelf.refresh(), shelf.refresh()) == ([place.name], [])
-    assert capsys.readouterr().err.count("is away: its new version is searched exactly") == 1
-    assert shelf.take(None).searcher._index is None
-    assert first.passage_id not in [hit.passage_id for hit in shelf.take(None).searcher.search("a river", 3)]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(database_index, "stamp_database", lambda url: _be_away())
+        capsys.readouterr()
+        assert (shelf.refresh(), shelf.stale, shelf.take(None).version) == ([], {}, before)
+        (first,) = shelf.take(None).searcher.search("a river", 1)
+        delete_passages(place, [first.passage_id])
+        index_words(VectorStore(place), LexicalConfig(), place.parent / "bm25")
+        assert (shelf.refresh(), shelf.refresh()) == ([place.name], [])
+        assert capsys.readouterr().err.count("is away: its new version is searched exactly") == 1
+        assert shelf.take(None).searcher._index is None
+        assert first.passage_id not in [hit.passage_id for hit in shelf.take(None).searcher.search("a river", 3)]
     assert (shelf.refresh(), shelf.stale) == ([place.name], {})
     assert isinstance(shelf.take(None).searcher._index, DatabaseIndex)
     drop_database(url)

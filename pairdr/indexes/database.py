@@ -39,7 +39,8 @@ class DatabaseIndex(CandidateIndex):
         database: the engine.
         load: what is searched.
         facts: of it.
-        answered_exactly: questions that exact search answered, since the database could not.
+        exact_searches: searches that were exact, since the database could not: one for each question, and one more for
+            each time that it is searched deeper.
     """
 
     def __init__(self, database: Database, load: str, store: VectorStore, *, threads: int | None = None) -> None:
@@ -47,7 +48,7 @@ class DatabaseIndex(CandidateIndex):
         super().__init__(store, Effort(1, 1), 1, threads=threads)
         self._lock = threading.RLock()
         self._next_look, self._unsaid, self._usable = 0.0, True, True
-        self.answered_exactly = 0
+        self.exact_searches = 0
         self._read()
 
     @classmethod
@@ -82,12 +83,12 @@ class DatabaseIndex(CandidateIndex):
                         return super().search(queries, k, allowed, filters)
             except (ServerError, ArtefactError) as error:
                 self._rest(error)
-            self.answered_exactly += len(queries)
+            self.exact_searches += len(queries)
             return self._search_exactly(queries, k, self._choose(allowed).rows)
 
     def describe(self) -> dict[str, Any]:
-        """Return what a run keeps of how it was searched."""
-        return super().describe() | {"answered_exactly": self.answered_exactly}
+        """Return what a run keeps of how it was searched; the count is that since the index was opened."""
+        return super().describe() | {"exact_searches": self.exact_searches}
 
     @property
     def _has_index(self) -> bool:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from psycopg.sql import Composed
 
 _PATIENCE, _PATIENCE_EACH = 5.0, 0.2  # seconds for an answer, and more for each question of a search
-_SILENCE = 60.0  # seconds in which a load wants an answer, and ten times that for each block of rows
+_SILENCE = 60.0  # seconds in which a load wants an answer, and ten times that for rows; a graph may take any time
 _WIDTH = 100  # of the queue in which a graph's neighbours are looked for while it is built
 _MOST_SINGLE, _MOST_HALF = 2000, 4000  # dimensions of fp32 and of fp16 vectors that pgvector indexes
 _OPERATORS = {"cosine": ("<=>", "cosine_ops"), "dot": ("<#>", "ip_ops")}
@@ -192,7 +192,7 @@ class PostgresDatabase:
 
     def remove(self, load: str, keys: Rows) -> None:
         """Remove rows."""
-        with self._ask() as connection:
+        with self._ask(within=10 * _SILENCE) as connection:  # as many as a shard has
             connection.execute(self._say("DELETE FROM {table} WHERE key = ANY(%s)", load), (keys.tolist(),))
 
     def finish(self, load: str, memory: int | None) -> None:
@@ -215,7 +215,7 @@ class PostgresDatabase:
     def publish(self, load: str) -> None:
         """Let the name hold this load, in one transaction, and drop the one that it held."""
         old = self.find_load()
-        with self._ask() as connection, connection.transaction():
+        with self._ask() as connection, connection.transaction():  # it waits for readers, as long as they read
             if old is not None:
                 for kind in ("", "__shards"):
                     _copy_grants(connection, self._table(old) + kind, load + kind)
@@ -226,7 +226,7 @@ class PostgresDatabase:
 
     def drop(self, load: str) -> None:
         """Remove a load."""
-        with self._ask() as connection:
+        with self._ask(within=_SILENCE) as connection:
             connection.execute(self._say("DROP TABLE IF EXISTS {table}, {shards}", load))
 
     def search(self, load: str, queries: Scores, depth: int, queue: int, filters: Marks) -> Rows:
@@ -262,13 +262,13 @@ class PostgresDatabase:
 
     def count(self, load: str) -> int:
         """Return how many rows there are."""
-        with self._ask() as connection:
+        with self._ask(within=_SILENCE) as connection:
             row = connection.execute(self._say("SELECT count(*) FROM {table}", load)).fetchone()
         return int(row[0]) if row else 0
 
     def measure_size(self, load: str) -> int | None:
         """Return bytes on the server's disk."""
-        with self._ask() as connection:
+        with self._ask(within=_SILENCE) as connection:
             row = connection.execute("SELECT pg_total_relation_size(%s)", (f'"{self._table(load)}"',)).fetchone()
         return int(row[0]) if row else None
 

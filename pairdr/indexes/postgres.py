@@ -132,7 +132,9 @@ class PostgresServer:
         if broken:
             self._open = None
         known = [
-            (what, way) for begin, words, what, way in _CAUSES if state.startswith(begin) or re.search(words, said)
+            (what, way)
+            for begin, words, what, way in _CAUSES
+            if (state.startswith(begin) if state else re.search(words, said))
         ]
         if state == "42P01":
             return MovedError("The load is gone.", path=self.place, remedy="Run pairdr index again.")

@@ -105,11 +105,10 @@ class Batcher:
         Raises:
             ApiError: too much waits already (429).
         """
-        parts, waiting = self._part(items), self.waiting
+        self.require_room(items)
+        parts = self._part(items)
         costs = [sum(map(self._weigh, part)) for part in parts]
         later = sum(costs)
-        if waiting and waiting + later > self._room:
-            raise refuse_busy()
         self._later += later
         results: list[Any] = []
         try:
@@ -119,6 +118,16 @@ class Batcher:
         finally:
             self._later -= later
         return results
+
+    def require_room(self, items: Sequence[Any]) -> None:
+        """Refuse items that may not wait now.
+
+        Raises:
+            ApiError: too much waits already (429).
+        """
+        waiting = self.waiting
+        if waiting and waiting + sum(map(self._weigh, items)) > self._room:
+            raise refuse_busy()
 
     def _part(self, items: Sequence[Any]) -> list[list[Any]]:
         """Return the items in parts that fit a batch; one that does not fit is alone."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pairdr.records import Passage, Query
-from pairdr.searcher import Hit, Way
+from pairdr.searcher import Hit, Systems, Way
 from pairdr.serve.shelf import Snapshot
 from pairdr.tokens import Side
 
@@ -26,6 +26,20 @@ class Search(NamedTuple):
     fold: bool
 
 
+class Asked(NamedTuple):
+    """A question.
+
+    Attributes:
+        search: how it is searched.
+        matched: what passes the filters, looked up before; None where there are none.
+        text: what is asked.
+    """
+
+    search: Search
+    matched: Systems | None
+    text: str
+
+
 class Questions(NamedTuple):
     """What questions have in common that are computed together, however each is searched."""
 
@@ -40,19 +54,20 @@ class Texts(NamedTuple):
     side: Side
 
 
-def search_questions(common: Questions, asked: Sequence[tuple[Search, str]]) -> list[list[Hit]]:
+def search_questions(common: Questions, asked: Sequence[Asked]) -> list[list[Hit]]:
     """Return the hits of questions: all are encoded at once, and searched together where they are searched alike."""
     vectors: dict[str, Vectors] | None = None
     if common.need_vectors:
-        texts = list(dict.fromkeys(text for _, text in asked))
+        texts = list(dict.fromkeys(question.text for question in asked))
         vectors = dict(zip(texts, common.snapshot.encoder.encode_queries(texts), strict=True))
     found: list[list[Hit]] = [[] for _ in asked]
-    for search in dict.fromkeys(search for search, _ in asked):
-        places = [place for place, (other, _) in enumerate(asked) if other == search]
+    for search in dict.fromkeys(question.search for question in asked):
+        places = [place for place, question in enumerate(asked) if question.search == search]
         hits = common.snapshot.searcher.search_many(
-            [asked[place][1] for place in places],
+            [asked[place].text for place in places],
             search.k,
             vectors=vectors,
+            matched=asked[places[0]].matched,
             mode=search.mode,
             where=search.filters,
             fold=search.fold,

@@ -20,7 +20,7 @@ from pairdr.progress import say
 from pairdr.records import Passage, Query
 from pairdr.searcher import RERANKED, Hit, Way
 from pairdr.serve.batching import Batcher
-from pairdr.serve.computing import Questions, Search, Texts, Vectors, encode_texts, judge_pairs, search_questions
+from pairdr.serve.computing import Asked, Questions, Search, Texts, Vectors, encode_texts, judge_pairs, search_questions
 from pairdr.serve.failures import ApiError, exceed_limit
 from pairdr.serve.forms import EmbeddingForm, PassageForm, RerankForm, SearchForm
 from pairdr.serve.measuring import Meters
@@ -99,12 +99,14 @@ class Service:
         what = "passages to rerank" if form.rerank else "results"
         _require_at_most(f"The number of {what}", len(questions) * depth, self.config.most_hits)
         search = Search(snapshot, depth, mode, tuple(form.filters), form.fold)
+        matched = None
         if form.filters:
+            self._texts.require_room(questions)
             try:  # of many passages it takes a second, and no batch has to wait for it
-                await asyncio.to_thread(searcher.match_filters, mode=mode, where=search.filters)
+                matched = await asyncio.to_thread(searcher.match_filters, mode=mode, where=search.filters)
             except UsageError as error:  # a filter that is none, or a field that no passage has
                 raise ApiError(422, "invalid_value", _explain(error)) from error
-        asked = [(search, question) for question in questions]
+        asked = [Asked(search, matched, question) for question in questions]
         found: Sequence[list[Hit]] = await self._texts.submit(Questions(snapshot, mode != "bm25"), asked)
         if form.rerank:
             pairs = [

@@ -149,6 +149,8 @@ class Protocol(HttpToolsProtocol):
         self._has_told, self._unended = True, 0
         self._head += count
         self._require_room()
+        if self._head > MOST_HEAD:
+            raise HttpParserError("The head is too large.")  # the parser stops, and nothing is served of it
 
     def _require_room(self) -> None:
         if self._head + self._unended > MOST_HEAD:
