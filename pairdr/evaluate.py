@@ -121,9 +121,10 @@ def evaluate_files(
                 "--queries, --split, --answer-mode and --on-duplicate go with --answers and --data.",
                 remedy="Leave them out: labels say which queries count; for a split, name its own labels.",
             )
-        inputs = {"run": hash_file(_find_run(run)), "qrels": hash_file(qrels)}
         labels = read_qrels(qrels)
-        return evaluate_run(read_answered(run, labels), labels, config, output, inputs=inputs)
+        answered = read_answered(run, labels)
+        inputs = {"run": hash_file(_find_run(run)), "qrels": hash_file(qrels)}
+        return evaluate_run(answered, labels, config, output, inputs=inputs)
     if qrels is not None or answers.path is None or answers.data is None:
         raise UsageError("A run is measured by labels (QRELS), or by --answers in the passages of --data.")
     found = read_run(_find_run(run))
