@@ -334,8 +334,8 @@ def test_a_work_folder_serves_the_trained_model_and_the_start(work: Path) -> Non
     assert trained.name == "pair"
     facts = json.loads((work / "work.json").read_text(encoding="utf-8"))
     assert trained.searcher.settle().mode == facts["mode"]
-    assert trained.searcher._weights == tuple(facts["weights"])
-    assert start.searcher._weights is None  # no weights were chosen for it
+    assert trained.searcher.weights == tuple(facts["weights"])
+    assert start.searcher.weights is None  # no weights were chosen for it
     assert trained.encoder.fingerprint != start.encoder.fingerprint
     for snapshot in (trained, start):
         store = VectorStore(work / "vectors" / snapshot.name)
