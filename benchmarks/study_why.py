@@ -63,6 +63,8 @@ PROBES = (
     Probe("paper_schedule", options=(("lr_schedule", "paper"),)),
     Probe("no_decay", options=(("weight_decay", 0.0),)),
 )
+PARTS = (("labelled", "plain", "the teacher's choice of negatives"), ("base", "labelled", "pseudo-labelled rows"))
+"""Pairs of probes that differ by one thing, without the passage-centric loss."""
 
 
 class Dev:
@@ -71,6 +73,7 @@ class Dev:
     Attributes:
         quarters: for each query, the quarter it is in by a property of its triple at the tuned start: `margin` is
             s(q,p+) - s(p+,p-), `likeness` s(p+,p-); 0 is the smallest.
+        sources: for each query, the data set that it came from.
     """
 
     def __init__(self, work: Work) -> None:
@@ -84,6 +87,7 @@ class Dev:
         self.passages = [data.passage(passage_id) for passage_id in ids]
         self.positives = [[places[p] for p in row] for row in positives]
         self.pairs = np.array([[places[one.passage_id], places[two.passage_id]] for _, one, two in self.triples])
+        self.sources = np.array([query.query_id.partition(":")[0] for query, _, _ in self.triples])
         start = DualEncoder.open(work.path("models", "start"), device="cpu")
         margin, likeness = self.compare(*self.encode(start))
         self.quarters = {"margin": _rank_quarters(margin), "likeness": _rank_quarters(likeness)}
@@ -100,7 +104,7 @@ class Dev:
         return (queries * positive).sum(1) - likeness, likeness
 
     def measure(self, encoder: DualEncoder) -> dict[str, Any]:
-        """Return RR@10 in points, over all and by quarters, and the share of triples that violate the relation."""
+        """Return RR@10 in points, over all, by quarters and by source, and how many triples violate the relation."""
         queries, passages = self.encode(encoder)
         scores = queries @ passages.T  # [Q, n]
         values = np.zeros(len(queries))
@@ -111,7 +115,9 @@ class Dev:
         quarters = {
             name: [float(values[quarter == at].mean()) for at in range(4)] for name, quarter in self.quarters.items()
         }
-        return {"RR@10": float(values.mean()), "violated": float((margin <= 0).mean()), "quarters": quarters}
+        sources = {name: float(values[self.sources == name].mean()) for name in sorted(set(self.sources.tolist()))}
+        violated = float((margin <= 0).mean())
+        return {"RR@10": float(values.mean()), "violated": violated, "quarters": quarters, "sources": sources}
 
 
 def make_probe(
@@ -151,18 +157,35 @@ def print_probes(probes: Sequence[Probe]) -> None:
             print(f"{'start':12}{_describe(starts)}")
         for alpha, runs in found.items():
             print(f"alpha {alpha:<6g}" + (_describe(list(runs.values())) if runs else "not run"))
-            if alpha and len(runs.keys() & found[0.0].keys()) > 1:
+            if alpha:
                 print_difference(runs, found[0.0])
 
 
+def print_parts() -> None:
+    """Print what two parts of the pipeline do, from probes that differ by nothing else."""
+    named = {probe.name: probe for probe in PROBES}
+    for one, other, title in PARTS:
+        print(f"\n## {title}: {one} - {other}, alpha 0")
+        print_difference(_read_runs(named[one], 0.0), _read_runs(named[other], 0.0))
+
+
 def print_difference(mine: dict[int, Any], theirs: dict[int, Any]) -> None:
-    """Print the paired difference over seeds, and by quarters of the queries."""
+    """Print the paired difference over seeds, by quarters of the queries, and by source."""
     pairs = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+    if len(pairs) < 2:
+        print(f"{'':12}fewer than two seeds")
+        return
     mean, low, high, p_value, detectable = compare_seeds([one["RR@10"] - other["RR@10"] for one, other in pairs])
     print(f"{'':12}{mean:+.2f} ({low:+.2f} to {high:+.2f}), {say_p(p_value)}: {judge(mean, low, high, detectable)}")
     for name in ("margin", "likeness"):
         parts = np.mean([np.subtract(one["quarters"][name], other["quarters"][name]) for one, other in pairs], axis=0)
         print(f"{'':12}by {name} at the start, low to high: " + "  ".join(f"{part:+.2f}" for part in parts))
+    print(f"{'':12}by source: " + "  ".join(_compare_source(name, pairs) for name in pairs[0][0]["sources"]))
+
+
+def _compare_source(name: str, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    mean, _, _, p_value, _ = compare_seeds([one["sources"][name] - other["sources"][name] for one, other in pairs])
+    return f"{name} {mean:+.2f} ({say_p(p_value)})"
 
 
 def _describe(found: Sequence[dict[str, Any]]) -> str:
@@ -194,6 +217,7 @@ def main() -> None:
     probes = [probe for probe in PROBES if probe.name in options.probes]
     if options.what == "report":
         print_probes(probes)
+        print_parts()
         return
     if options.work is None:
         parser.error("run wants --work")
