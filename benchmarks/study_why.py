@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from study import BATCH, DATA_SEED, MODEL, TRAIN, list_triples, prepare, save_start
 from study_runs import RESULTS, HoursSpentError, make_all, make_run
 from study_tables import compare_seeds, judge
@@ -26,6 +27,7 @@ from study_tables import compare_seeds, judge
 from pairdr.config import StageConfig
 from pairdr.encoder import DualEncoder
 from pairdr.files import replace_file
+from pairdr.losses import passage_centric_loss, query_centric_loss
 from pairdr.progress import quiet_libraries, say
 from pairdr.records import positives_of
 from pairdr.table import say_p
@@ -33,7 +35,7 @@ from pairdr.train import train_model
 from pairdr.work import Work
 
 FOUND = RESULTS / "why"
-SEEDS, STEPS, RATE, PASSAGES = (1, 2, 3), 200, 3e-4, 5_000
+SEEDS, STEPS, RATE, PASSAGES, GRADIENTS = (1, 2, 3), 200, 3e-4, 5_000, 8
 Floats = npt.NDArray[np.float64]
 
 
@@ -104,7 +106,7 @@ class Dev:
         return (queries * positive).sum(1) - likeness, likeness
 
     def measure(self, encoder: DualEncoder) -> dict[str, Any]:
-        """Return RR@10 in points, over all, by quarters and by source, and how many triples violate the relation."""
+        """Return RR@10 in points, over all, by quarters and by source, violated triples and gradients."""
         queries, passages = self.encode(encoder)
         scores = queries @ passages.T  # [Q, n]
         values = np.zeros(len(queries))
@@ -117,7 +119,39 @@ class Dev:
         }
         sources = {name: float(values[self.sources == name].mean()) for name in sorted(set(self.sources.tolist()))}
         violated = float((margin <= 0).mean())
-        return {"RR@10": float(values.mean()), "violated": violated, "quarters": quarters, "sources": sources}
+        measured = {"RR@10": float(values.mean()), "violated": violated, "quarters": quarters, "sources": sources}
+        return measured | {"gradients": self.compare_gradients(encoder)}
+
+    def compare_gradients(self, encoder: DualEncoder) -> dict[str, float]:
+        """Return the cosine of the gradients of L_Q and L_P and the ratio of their lengths, means over some batches."""
+        encoder.model.eval()  # no dropout
+        parameters = [one for one in encoder.model.parameters() if one.requires_grad]
+        drawn = random.Random(DATA_SEED).sample(self.triples, GRADIENTS * BATCH)
+        found = []
+        for at in range(0, len(drawn), BATCH):
+            queries, positives, negatives = zip(*drawn[at : at + BATCH], strict=True)
+            query = encoder.embed(encoder.tokenize_queries([one.text for one in queries]), "query")  # [B, D]
+            positive, negative = (
+                encoder.embed(encoder.tokenize_passages(ps), "passage") for ps in (positives, negatives)
+            )
+            by_query, by_passage = (
+                torch.cat(
+                    [
+                        part.flatten()
+                        for part in torch.autograd.grad(
+                            loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+                        )
+                    ]
+                )
+                for loss in (
+                    query_centric_loss(query, positive, negative[:, None], temperature=encoder.temperature),
+                    passage_centric_loss(query, positive, negative[:, None], temperature=encoder.temperature),
+                )
+            )
+            lengths = by_query.norm(), by_passage.norm()
+            found.append([float(by_query @ by_passage / (lengths[0] * lengths[1])), float(lengths[1] / lengths[0])])
+        cosine, ratio = np.mean(found, axis=0)
+        return {"cosine": float(cosine), "ratio": float(ratio)}
 
 
 def make_probe(
@@ -190,7 +224,9 @@ def _compare_source(name: str, pairs: Sequence[tuple[dict[str, Any], dict[str, A
 
 def _describe(found: Sequence[dict[str, Any]]) -> str:
     mean, violated = (np.mean([run[name] for run in found]) for name in ("RR@10", "violated"))
-    return f"RR@10 {mean:.2f}, violated {violated:.1%}, {len(found)} seeds"
+    cosine, ratio = (np.mean([run["gradients"][name] for run in found]) for name in ("cosine", "ratio"))
+    gradients = f"gradients of L_Q and L_P: cosine {cosine:.2f}, |L_P| / |L_Q| {ratio:.2f}"
+    return f"RR@10 {mean:.2f}, violated {violated:.1%}, {gradients}, {len(found)} seeds"
 
 
 def _read_runs(probe: Probe, alpha: float) -> dict[int, Any]:
