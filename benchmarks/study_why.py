@@ -57,6 +57,7 @@ PROBES = (
     Probe("labelled", sources=("labelled",)),
     Probe("pseudo", sources=("pseudo",)),
     Probe("plain", sources=("plain",)),
+    Probe("plain_pseudo", alphas=(0.0,), sources=("pseudo", "plain")),
     Probe("temperature_0.01", temperature=0.01),
     Probe("temperature_0.2", temperature=0.2),
     Probe("batch_4", steps=4 * STEPS, options=(("per_device_train_batch_size", BATCH // 4),)),
@@ -65,7 +66,12 @@ PROBES = (
     Probe("paper_schedule", options=(("lr_schedule", "paper"),)),
     Probe("no_decay", options=(("weight_decay", 0.0),)),
 )
-PARTS = (("labelled", "plain", "the teacher's choice of negatives"), ("base", "labelled", "pseudo-labelled rows"))
+PARTS = (
+    ("labelled", "plain", "the teacher's choice of negatives"),
+    ("base", "plain_pseudo", "the same, with pseudo-labelled rows"),
+    ("base", "labelled", "pseudo-labelled rows"),
+    ("plain_pseudo", "plain", "the same, with negatives as mined"),
+)
 """Pairs of probes that differ by one thing, without the passage-centric loss."""
 
 
