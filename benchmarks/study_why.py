@@ -179,7 +179,8 @@ def make_probe(
 
 def measure_start(folder: Path, dev: Dev, start: Path, probe: Probe, seed: int) -> dict[str, Any]:
     """Measure what a probe starts from, once for each start."""
-    place = folder / "dev" / f"{probe.start}-{seed if probe.start == 'raw' else 0}.json"
+    name = f"raw-{seed}" if probe.start == "raw" else f"{probe.start}-{probe.temperature or 'own'}"
+    place = folder / "dev" / f"{name}.json"
     if not place.is_file():
         place.parent.mkdir(parents=True, exist_ok=True)
         replace_file(place, json.dumps(dev.measure(DualEncoder.open(start, device="cpu"))))
