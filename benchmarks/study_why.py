@@ -1,6 +1,6 @@
 """Where the passage-centric loss gains, or why it cannot: short runs, judged on dev. The protocol is docs/study.md.
 
-    PAIRDR_DATA=... python benchmarks/study_why.py run --work FOLDER [--probes base raw ...] [--hours 8]
+    PAIRDR_DATA=... python benchmarks/study_why.py run --work FOLDER [--probes base raw ...] [--alphas 0 0.3]
     python benchmarks/study_why.py report [--probes ...]
 
 The work folder is that of study.py, whose examples are used; what is found goes into docs/study/why.
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--work", type=Path, help="where runs are made")
     parser.add_argument("--probes", nargs="*", default=[probe.name for probe in PROBES])
+    parser.add_argument("--alphas", nargs="*", type=float, help="these alone of a probe's")
     parser.add_argument("--hours", type=float, default=8.0, help="processor hours in all")
     options = parser.parse_args()
     probes = [probe for probe in PROBES if probe.name in options.probes]
@@ -274,14 +275,20 @@ def main() -> None:
         return make_run(result, options.work / "runs" / f"why-{result.stem}", make, options.hours)
 
     try:
-        make_all(FOUND, [partial(run, *one) for one in list_runs(probes)])
+        make_all(FOUND, [partial(run, *one) for one in list_runs(probes, options.alphas)])
     except HoursSpentError:
         say("the hours are spent")
 
 
-def list_runs(probes: Sequence[Probe]) -> list[tuple[Probe, float, int]]:
-    """Return the runs, probe by probe and seed by seed."""
-    return [(probe, alpha, seed) for probe in probes for seed in SEEDS for alpha in probe.alphas]
+def list_runs(probes: Sequence[Probe], alphas: Sequence[float] | None) -> list[tuple[Probe, float, int]]:
+    """Return the runs, probe by probe and seed by seed; of some alphas alone where they are given."""
+    return [
+        (probe, alpha, seed)
+        for probe in probes
+        for seed in SEEDS
+        for alpha in probe.alphas
+        if alphas is None or alpha in alphas
+    ]
 
 
 if __name__ == "__main__":
