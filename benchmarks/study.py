@@ -148,7 +148,7 @@ def prepare(folder: Path, hidden: float, *, warm: bool = False) -> Work:
         model=MODEL,
         warm=WarmConfig(warm="always" if warm else "auto", warm_steps=STEPS),
         mine=MineConfig(depth=100),
-        label=LabelConfig(label_depth=20),
+        label=LabelConfig(label_depth=20, negatives_below="s_neg"),
         train=replace(TRAIN, learning_rate=WARM_RATE),
     )
     with hold_lock(folder):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,10 @@ from study import BATCH, DATA_SEED, MODEL, TRAIN, list_triples, prepare, save_st
 from study_runs import RESULTS, HoursSpentError, make_all, make_run
 from study_tables import compare_seeds, judge
 
+from pairdr import makers
 from pairdr.config import StageConfig
 from pairdr.encoder import DualEncoder
-from pairdr.files import replace_file
+from pairdr.files import hold_lock, replace_file
 from pairdr.losses import passage_centric_loss, query_centric_loss
 from pairdr.progress import quiet_libraries, say
 from pairdr.records import positives_of
@@ -47,6 +48,7 @@ class Probe(NamedTuple):
     start: str = "tuned"
     temperature: float | None = None
     sources: tuple[str, ...] = ("pseudo", "labelled")
+    below: Literal["s_neg", "positive"] = "s_neg"
     steps: int = STEPS
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -58,6 +60,8 @@ PROBES = (
     Probe("pseudo", sources=("pseudo",)),
     Probe("plain", sources=("plain",)),
     Probe("plain_pseudo", alphas=(0.0,), sources=("pseudo", "plain")),
+    Probe("below_positive", alphas=(0.0,), sources=("labelled",), below="positive"),
+    Probe("below_positive_pseudo", alphas=(0.0,), below="positive"),
     Probe("temperature_0.01", temperature=0.01),
     Probe("temperature_0.2", temperature=0.2),
     Probe("batch_4", steps=4 * STEPS, options=(("per_device_train_batch_size", BATCH // 4),)),
@@ -71,6 +75,10 @@ PARTS = (
     ("base", "plain_pseudo", "the same, with pseudo-labelled rows"),
     ("base", "labelled", "pseudo-labelled rows"),
     ("plain_pseudo", "plain", "the same, with negatives as mined"),
+    ("below_positive", "labelled", "negatives below the positive, not s_neg"),
+    ("below_positive", "plain", "the same, against all that were mined"),
+    ("below_positive_pseudo", "base", "negatives below the positive, not s_neg, with pseudo-labelled rows"),
+    ("below_positive_pseudo", "plain_pseudo", "the same, against all that were mined"),
 )
 """Pairs of probes that differ by one thing, without the passage-centric loss."""
 
@@ -172,9 +180,22 @@ def make_probe(
         start = place / "start"
         DualEncoder.load(options).save(start, options=options.as_dict(), inputs={})
     stage = StageConfig("pair" if alpha else "query_centric", alpha, probe.sources)
-    examples, model = work.path("examples"), place / "model"
+    examples, model = label_again(folder, work, probe.below), place / "model"
     encoder = train_model(work.collection, examples, start, [stage], config, model, device="cpu", max_steps=probe.steps)
     return dev.measure(encoder) | {"before": measure_start(folder, dev, start, probe, seed)}
+
+
+def label_again(folder: Path, work: Work, below: Literal["s_neg", "positive"]) -> Path:
+    """Return the examples whose labelled rows keep negatives below a limit, made once."""
+    if below == work.config.label.negatives_below:
+        return work.path("examples")
+    place = f"examples-below-{below}"
+    with hold_lock(folder):
+        if not work.path(place).is_dir():
+            options = replace(work.config.label, negatives_below=below)
+            other = Work(work.folder, work.collection, replace(work.config, label=options))
+            makers.label(other, work.student, "candidates", "teacher", place)
+    return work.path(place)
 
 
 def measure_start(folder: Path, dev: Dev, start: Path, probe: Probe, seed: int) -> dict[str, Any]:

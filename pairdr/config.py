@@ -143,6 +143,9 @@ class LabelConfig(Options):
     false_negatives: float = option(
         0.05, "Calibration: accepted share of positives that score below s_neg.", low=0, high=1
     )
+    negatives_below: Literal["s_neg", "positive"] = option(
+        "s_neg", "positive: a labelled query also keeps negatives that score below its own positive."
+    )
     negatives: int = option(4, "Denoised negatives stored per query.", low=1)
 
 

@@ -4,7 +4,8 @@ For a query of the pool (RocketQA, step 4; PAIR, section 4.2): the best-scored c
 scores above s_pos; the first candidates in rank order that score below s_neg are its negatives; a query without
 either is left out. For a labelled query the positives are given and the negatives are the mined ones below s_neg.
 Both comparisons are strict. A teacher's score means something else with every teacher, so s_pos and s_neg are
-calibrated on labelled dev queries unless they are given.
+calibrated on labelled dev queries unless they are given. One s_neg for all queries costs a labelled query most of its
+hardest negatives where the teacher is unsure; with `negatives_below="positive"` those below its own positive stay too.
 """
 
 from __future__ import annotations
@@ -315,15 +316,19 @@ def _denoise(
     config: LabelConfig,
     counts: Counter[str],
 ) -> Iterator[Example]:
-    """Yield labelled rows whose negatives the teacher scores below s_neg, in rank order.
+    """Yield labelled rows whose negatives the teacher scores below a limit, in rank order.
 
+    The limit is s_neg, or the query's own positive where that scores higher and `negatives_below` says so.
     The teacher sees the same candidates as for the pool, positives included: fused scores depend on the company.
     """
+    train = collection.qrels("train")
     mined = {query_id: {hit.passage_id for hit in candidates.negatives[query_id]} for query_id in candidates.negatives}
     for query_id, hits, scores in score("train", mined):
         scored = {hit.passage_id: float(score) for hit, score in zip(hits, scores, strict=True)}
         usable = [passage_id for passage_id in scored if passage_id in mined[query_id]]
-        kept = [passage_id for passage_id in usable if scored[passage_id] < s_neg]
+        known = [scored[passage_id] for passage_id in positives_of(train, query_id) if passage_id in scored]
+        limit = max(s_neg, min(known)) if known and config.negatives_below == "positive" else s_neg
+        kept = [passage_id for passage_id in usable if scored[passage_id] < limit]
         counts["mined negatives kept"] += len(kept)
         counts["mined negatives the teacher rejects"] += len(usable) - len(kept)
         yield from _rows(collection, query_id, kept[: config.negatives], scored)

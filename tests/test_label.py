@@ -328,6 +328,35 @@ def test_a_labelled_query_keeps_the_mined_negatives_below_s_neg(data: Collection
     assert facts["counts"]["mined negatives the teacher rejects"] == 2
 
 
+def test_a_labelled_query_also_keeps_negatives_below_its_own_positive_where_asked(
+    data: Collection, tmp_path: Path
+) -> None:
+    table = SURE | {("t1", "p2"): 0.7, ("t1", "p5"): 0.6, ("t1", "p6"): 0.7, ("t1", "p7"): 0.8, ("t1", "p8"): 0.0}
+    candidates = make_candidates({"t1": ["p5", "p6", "p7", "p8"]})
+    _, rows = label(data, candidates, TableTeacher(table), tmp_path / "x", negatives_below="positive")
+    assert rows["labelled"][0].negative_ids == ("p5", "p8")  # strictly below, in rank order
+    assert rows["pseudo"][0].negative_ids == ("p1", "p5")  # the pool has no known positive
+
+
+def test_of_several_positives_the_one_that_scores_lowest_is_the_limit(data: Collection, tmp_path: Path) -> None:
+    table = SURE | {("t0", "p0"): 0.9, ("t0", "p1"): 0.7, ("t0", "p5"): 0.8, ("t0", "p6"): 0.6}
+    candidates = make_candidates({"t0": ["p5", "p6"]}, t0=["p0", "p1", "p5", "p6"])
+    _, rows = label(data, candidates, TableTeacher(table), tmp_path / "x", negatives_below="positive")
+    assert {row.negative_ids for row in rows["labelled"]} == {("p6",)}
+
+
+@pytest.mark.parametrize("positive", [None, 0.1])
+def test_a_positive_that_is_not_scored_or_scores_low_leaves_s_neg_the_limit(
+    data: Collection, tmp_path: Path, positive: float | None
+) -> None:
+    table = SURE | {("t1", "p5"): 0.2, ("t1", "p6"): 0.3} | ({} if positive is None else {("t1", "p2"): positive})
+    listed = ["p5", "p6"] if positive is None else ["p2", "p5", "p6"]
+    candidates = make_candidates({"t1": ["p5", "p6"]}, t1=listed)
+    options = {"s_neg": 0.25, "negatives_below": "positive"}
+    _, rows = label(data, candidates, TableTeacher(table), tmp_path / "x", **options)
+    assert rows["labelled"][0].negative_ids == ("p5",)
+
+
 def test_a_labelled_row_keeps_the_teachers_score_of_its_positive_where_there_is_one(
     data: Collection, tmp_path: Path
 ) -> None:
