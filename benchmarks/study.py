@@ -20,13 +20,14 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from study_runs import RESULTS, HoursSpentError, TakenError, make_all, make_run, write_result
 from study_tables import MEASURE, RANKS, print_tables
 
+from pairdr import makers
 from pairdr.artefact import read_manifest
 from pairdr.collection import Collection, open_collection
 from pairdr.config import (
@@ -58,6 +59,7 @@ from pairdr.work import Work
 ARMS = ("labelled_only", "query_centric", "pair")
 SETS = ("en_qa_mix", "vaswani_npl", "cacm", "nq_small")
 MEASURES = (MEASURE, "nDCG@10", "R@100")
+Below = Literal["s_neg", "positive"]
 QUERIES, PASSAGES, DATA_SEED = 10_000, 15_000, 13
 STEPS, BATCH, LAYERS = 300, 16, 2
 RATES, RATE_SEED, RATE_STEPS = (1e-4, 3e-4, 1e-3), 1000, 150
@@ -81,11 +83,13 @@ class Cell(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
     both_stages: bool = False
     warm: bool = False
+    below: Below = "s_neg"
 
 
 CELLS = (
     Cell("main", seeds=(1, 2, 3, 4, 5)),
     Cell("warm", ARMS[1:], warm=True),
+    Cell("below_positive", ARMS[1:], below="positive"),
     Cell("raw", start="raw"),
     Cell("few", hidden=0.95),
     Cell("large_batch", ARMS[1:], options=(("per_device_train_batch_size", 4 * BATCH), ("grad_cache", True))),
@@ -159,6 +163,19 @@ def prepare(folder: Path, hidden: float, *, warm: bool = False) -> Work:
     return work
 
 
+def label_again(folder: Path, work: Work, below: Below) -> Path:
+    """Return the examples whose labelled rows keep negatives below a limit, made once."""
+    if below == work.config.label.negatives_below:
+        return work.path("examples")
+    place = f"examples-below-{below}"
+    with hold_lock(folder):
+        if not work.path(place).is_dir():
+            options = replace(work.config.label, negatives_below=below)
+            other = Work(work.folder, work.collection, replace(work.config, label=options))
+            makers.label(other, work.student, "candidates", "teacher", place)
+    return work.path(place)
+
+
 def save_start(work: Work, folder: Path, kind: str, seed: int) -> Path:
     """Return the start model: that of the work folder, or one whose upper layers are drawn anew."""
     if kind == "tuned":
@@ -206,13 +223,14 @@ def train_and_measure(
     rows = (RATE_STEPS if only_dev else STEPS) * BATCH
     steps = rows // config.per_device_train_batch_size * (2 if len(stages) == 1 else 1)
     start = save_start(work, folder, cell.start, seed)
+    examples = label_again(folder, work, cell.below)
     encoder = train_model(
-        work.collection, work.path("examples"), start, stages, config, place / "model", device="cpu", max_steps=steps
+        work.collection, examples, start, stages, config, place / "model", device="cpu", max_steps=steps
     )
     facts = read_manifest(place / "model", "model").facts
     found = {
         "learning_rate": rate,
-        "examples": read_manifest(work.path("examples"), "examples").fingerprint,
+        "examples": read_manifest(examples, "examples").fingerprint,
         "last": facts["summary"],
     }
     if only_dev:

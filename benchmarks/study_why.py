@@ -15,19 +15,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from study import BATCH, DATA_SEED, MODEL, TRAIN, list_triples, prepare, save_start
+from study import BATCH, DATA_SEED, MODEL, TRAIN, Below, label_again, list_triples, prepare, save_start
 from study_runs import RESULTS, HoursSpentError, make_all, make_run
 from study_tables import compare_seeds, judge
 
-from pairdr import makers
 from pairdr.config import StageConfig
 from pairdr.encoder import DualEncoder
-from pairdr.files import hold_lock, replace_file
+from pairdr.files import replace_file
 from pairdr.losses import passage_centric_loss, query_centric_loss
 from pairdr.progress import quiet_libraries, say
 from pairdr.records import positives_of
@@ -48,7 +47,7 @@ class Probe(NamedTuple):
     start: str = "tuned"
     temperature: float | None = None
     sources: tuple[str, ...] = ("pseudo", "labelled")
-    below: Literal["s_neg", "positive"] = "s_neg"
+    below: Below = "s_neg"
     steps: int = STEPS
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -183,19 +182,6 @@ def make_probe(
     examples, model = label_again(folder, work, probe.below), place / "model"
     encoder = train_model(work.collection, examples, start, [stage], config, model, device="cpu", max_steps=probe.steps)
     return dev.measure(encoder) | {"before": measure_start(folder, dev, start, probe, seed)}
-
-
-def label_again(folder: Path, work: Work, below: Literal["s_neg", "positive"]) -> Path:
-    """Return the examples whose labelled rows keep negatives below a limit, made once."""
-    if below == work.config.label.negatives_below:
-        return work.path("examples")
-    place = f"examples-below-{below}"
-    with hold_lock(folder):
-        if not work.path(place).is_dir():
-            options = replace(work.config.label, negatives_below=below)
-            other = Work(work.folder, work.collection, replace(work.config, label=options))
-            makers.label(other, work.student, "candidates", "teacher", place)
-    return work.path(place)
 
 
 def measure_start(folder: Path, dev: Dev, start: Path, probe: Probe, seed: int) -> dict[str, Any]:
