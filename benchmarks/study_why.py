@@ -23,6 +23,7 @@ import torch
 from study import BATCH, DATA_SEED, MODEL, TRAIN, Below, label_again, list_triples, prepare, save_start
 from study_runs import RESULTS, HoursSpentError, make_all, make_run
 from study_tables import compare_seeds, judge
+from torch.nn.utils import parameters_to_vector
 
 from pairdr.config import StageConfig
 from pairdr.encoder import DualEncoder
@@ -148,18 +149,16 @@ class Dev:
                 encoder.embed(encoder.tokenize_passages(ps), "passage") for ps in (positives, negatives)
             )
             by_query, by_passage = (
-                torch.cat(
-                    [
-                        part.flatten()
-                        for part in torch.autograd.grad(
-                            loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-                        )
-                    ]
+                parameters_to_vector(
+                    torch.autograd.grad(
+                        loss(query, positive, negative[:, None], temperature=encoder.temperature),
+                        parameters,
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
                 )
-                for loss in (
-                    query_centric_loss(query, positive, negative[:, None], temperature=encoder.temperature),
-                    passage_centric_loss(query, positive, negative[:, None], temperature=encoder.temperature),
-                )
+                for loss in (query_centric_loss, passage_centric_loss)
             )
             lengths = by_query.norm(), by_passage.norm()
             found.append([float(by_query @ by_passage / (lengths[0] * lengths[1])), float(lengths[1] / lengths[0])])
@@ -226,14 +225,18 @@ def print_difference(mine: dict[int, Any], theirs: dict[int, Any]) -> None:
     mean, low, high, p_value, detectable = compare_seeds([one["RR@10"] - other["RR@10"] for one, other in pairs])
     print(f"{'':12}{mean:+.2f} ({low:+.2f} to {high:+.2f}), {say_p(p_value)}: {judge(mean, low, high, detectable)}")
     for name in ("margin", "likeness"):
-        parts = np.mean([np.subtract(one["quarters"][name], other["quarters"][name]) for one, other in pairs], axis=0)
-        print(f"{'':12}by {name} at the start, low to high: " + "  ".join(f"{part:+.2f}" for part in parts))
+        gaps = np.array([np.subtract(one["quarters"][name], other["quarters"][name]) for one, other in pairs])  # [n, 4]
+        print(f"{'':12}by {name} at the start, low to high: " + "  ".join(_say_gap(gaps[:, at]) for at in range(4)))
     print(f"{'':12}by source: " + "  ".join(_compare_source(name, pairs) for name in pairs[0][0]["sources"]))
 
 
 def _compare_source(name: str, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    mean, _, _, p_value, _ = compare_seeds([one["sources"][name] - other["sources"][name] for one, other in pairs])
-    return f"{name} {mean:+.2f} ({say_p(p_value)})"
+    return f"{name} {_say_gap([one['sources'][name] - other['sources'][name] for one, other in pairs])}"
+
+
+def _say_gap(gaps: Sequence[float]) -> str:
+    mean, _, _, p_value, _ = compare_seeds(gaps)
+    return f"{mean:+.2f} ({say_p(p_value)})"
 
 
 def _describe(found: Sequence[dict[str, Any]]) -> str:

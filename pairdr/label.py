@@ -4,8 +4,8 @@ For a query of the pool (RocketQA, step 4; PAIR, section 4.2): the best-scored c
 scores above s_pos; the first candidates in rank order that score below s_neg are its negatives; a query without
 either is left out. For a labelled query the positives are given and the negatives are the mined ones below s_neg.
 Both comparisons are strict. A teacher's score means something else with every teacher, so s_pos and s_neg are
-calibrated on labelled dev queries unless they are given. One s_neg for all queries costs a labelled query most of its
-hardest negatives where the teacher is unsure; with `negatives_below="positive"` those below its own positive stay too.
+calibrated on labelled dev queries unless they are given. One s_neg for all queries also rejects negatives
+that score below their query's own positive; `negatives_below="positive"` keeps these.
 """
 
 from __future__ import annotations
