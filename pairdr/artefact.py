@@ -2,7 +2,8 @@
 
 An artefact is a folder with `manifest.json`, which names its kind, the options and inputs it was made from, and the
 sha256 and size of every file in it but a README.md. Its *fingerprint* is a hash of the files' hashes: two artefacts
-with the same content have the same fingerprint, whatever the time and the place they were made at.
+with the same content have the same fingerprint, whatever the time and the place they were made at, and whatever stood
+there before. What people have put into such a folder is not replaced with it.
 
 This module knows nothing of what the files mean.
 """
@@ -15,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,8 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 UNSEALED = "README.md"
 """A file for people, who may edit it: the manifest does not name it."""
+VERSION = "version"
+"""The fact that counts the versions of a folder. It and the number in the names of their files are history."""
 T = TypeVar("T")
 _AGAIN = "Delete the folder and run its stage again."
 _LOOKS = 50  # at a place where a folder is about to be put, 10 ms apart
@@ -64,8 +67,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Return the sha256 over kind, content and facts: equal content, equal fingerprint."""
-        return hash_json([self.kind, sorted((n, entry["sha256"]) for n, entry in self.files.items()), self.facts])
+        """Return the sha256 over kind, content and facts: equal content, equal fingerprint, whichever version it is."""
+        files = sorted((re.sub(r"^versions/\d+", "versions/", name), e["sha256"]) for name, e in self.files.items())
+        return hash_json([self.kind, files, {name: fact for name, fact in self.facts.items() if name != VERSION}])
 
 
 @dataclass
@@ -84,6 +88,8 @@ def publish(
     options: Mapping[str, Any],
     inputs: Mapping[str, str],
     resume: bool = False,
+    beside: Sequence[str] = (),
+    edited: bool = False,
 ) -> Iterator[Staging]:
     """Build an artefact beside its place and rename it there when the block ends well.
 
@@ -96,13 +102,15 @@ def publish(
         options: what it is made with; kept in the manifest.
         inputs: name of each input to its fingerprint; kept in the manifest.
         resume: take up the files of an interrupted call.
+        beside: as `require_replaceable`.
+        edited: as `require_replaceable`.
 
     Raises:
         ArtefactError: the disk is full or the place cannot be written; the earlier artefact is still there.
-        UsageError: something else than an artefact of this kind stands there.
+        UsageError: something else than an artefact of this kind stands there, or files of others in it.
     """
     folder = Path(folder)
-    require_replaceable(folder, kind)
+    require_replaceable(folder, kind, beside=beside, edited=edited)
     key = hash_json([kind, dict(options), dict(inputs), FORMAT_VERSION])[:16]
     staging = folder.parent / f".{folder.name}.{key if resume else 'new'}.partial"
     with explain_failed_writes(folder):
@@ -194,10 +202,10 @@ def read_whole(folder: str | Path, kind: str, read: Callable[[Manifest], T]) -> 
         try:
             found = read(manifest)
         except Exception:
-            if read_manifest(folder, kind).fingerprint == manifest.fingerprint:
+            if read_manifest(folder, kind) == manifest:
                 raise
         else:
-            if read_manifest(folder, kind).fingerprint == manifest.fingerprint:
+            if read_manifest(folder, kind) == manifest:
                 return found
 
 
@@ -273,27 +281,52 @@ def verify_artefact(folder: str | Path) -> Manifest:
     return manifest
 
 
-def require_replaceable(folder: Path, kind: str) -> None:
-    """Refuse to replace what is not an artefact of this kind: publishing replaces the whole folder.
+def require_replaceable(folder: Path, kind: str, *, beside: Sequence[str] = (), edited: bool = False) -> None:
+    """Refuse to replace what is not an artefact of this kind, or not it alone: publishing replaces the whole folder.
+
+    Args:
+        folder: where an artefact is to be put.
+        kind: of it.
+        beside: files that the stage itself keeps there, unsealed, and has looked after.
+        edited: people edit what such a folder holds: its files have to be those that were written.
 
     Raises:
-        UsageError: something else stands there.
+        UsageError: something else stands there, or files that were put or changed there since.
     """
     if folder.name in ("", "..") or (folder.exists() and not folder.is_dir()):
         raise UsageError("This is no place for an output folder.", path=folder, remedy="Name a new folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     path = folder / MANIFEST
+    named: dict[str, Any] = {}
+    found = None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["kind"] if path.is_file() else None
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found, named = content["kind"], dict(content["files"])
     except (ValueError, TypeError, KeyError):
-        found = kind  # a broken manifest of ours: the stage makes it anew
+        return  # a broken manifest of ours: the stage makes it anew
     if found != kind:
         raise UsageError(
             f"This folder holds {'other files' if found is None else repr(found)}; {kind!r} would replace them all.",
             path=folder,
             remedy="Choose another --output, or delete the folder.",
         )
+    ours = {*named, MANIFEST, UNSEALED, *beside}
+    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
+        hidden = name.startswith(".") or "/." in name  # what systems leave in every folder
+        if name not in ours and not hidden:
+            raise UsageError(
+                f"This folder also holds {name}, which would be lost with it.",
+                path=folder,
+                remedy="Move that file, or choose another --output.",
+            )
+        if edited and name in named and hash_file(folder / name) != named[name].get("sha256"):
+            raise UsageError(
+                f"{name} was changed since it was written, and would be replaced.",
+                path=folder,
+                remedy="Choose another --output, or delete the folder.",
+            )
 
 
 def _seal(staging: Path, kind: str, options: dict[str, Any], inputs: dict[str, str], facts: dict[str, Any]) -> None:

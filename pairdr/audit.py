@@ -64,7 +64,7 @@ def audit_labels(
         The findings, as they stand in the file.
 
     Raises:
-        UsageError: an audit with marks stands there already.
+        UsageError: an audit with marks stands there already, or files of others.
         ArtefactError: examples or candidates of other data.
     """
     _require_unmarked(Path(output))
@@ -79,7 +79,7 @@ def audit_labels(
     pseudo = rows.take(_sample(range(len(rows)), config))
     looked: Counter[str] = Counter()
     found: dict[str, list[Found]] = {kind: [] for kind in KINDS}
-    with publish(output, "audit", options=config.as_dict(), inputs=inputs) as staging:
+    with publish(output, "audit", options=config.as_dict(), inputs=inputs, beside=(AUDIT_FILE,)) as staging:
         runs = rank_systems(collection, sources, config.audit_depth, [*labelled, *(row.query_id for row in pseudo)])
         for case in read_cases(collection, sources, config, labelled, runs):
             copies = _find_copies(collection, case, config, looked)

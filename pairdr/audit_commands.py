@@ -85,7 +85,10 @@ def _open_data(place: Path | None, data: Path | None, options: DataConfig) -> Co
     """Open the data: of a work folder, as the run opened them; else as the options say."""
     from pairdr.collection import open_collection
     from pairdr.origin import read_origin
+    from pairdr.parts import require_no_begun_work
 
+    if place is not None:
+        require_no_begun_work(place)
     if place is not None and _is_work(place):
         if options != DataConfig():
             raise UsageError("A work folder has its own options of the data.", path=place, remedy="Leave them out.")

@@ -225,11 +225,10 @@ def _format_training(facts: dict[str, Any], start: Manifest, base: str) -> str:
 
 
 def _format_data(collection: Collection, start: Manifest, base: str) -> str:
-    licence = collection.config.licence or "not given; ask who made the data"
     labelled = len(collection.qrels("train"))
     text = (
         f"## Data\n\n`{collection.given_name}`: {len(collection.passages)} passages, {labelled} labelled training "
-        f"queries, {len(collection.pool)} unlabelled ones. Licence of the data: {licence}. "
+        f"queries, {len(collection.pool)} unlabelled ones. Licence of the data: {collection.licence}. "
         f"Fingerprint `{collection.fingerprint[:16]}`."
     )
     if start.facts.get("stages"):

@@ -84,6 +84,11 @@ class Collection:
             self.removed["labels of --labelled for passages that are not there"] = manifest.facts["strangers"]
         self._settle_splits()
 
+    @property
+    def licence(self) -> str:
+        """Return the licence of the data on one line, as cards say it."""
+        return " ".join((self.config.licence or "not given; ask who made the data").split())
+
     def qrels(self, split: str) -> Qrels:
         """Return the labels of a split.
 

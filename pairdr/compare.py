@@ -7,6 +7,7 @@ Holm's for so many comparisons.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from pairdr.errors import DataError, UsageError
 from pairdr.evaluate import PER_QUERY, read_answered, read_evaluation
 from pairdr.files import hash_json, write_json
 from pairdr.measures import EQUAL, PerQuery, compute_p_value, find_interval, mean_measures, measure_run
-from pairdr.parts import is_work_folder
+from pairdr.parts import is_work_folder, require_no_begun_work
 from pairdr.records import Qrels
 from pairdr.store_config import CompareConfig
 from pairdr.table import MAIN, read_values, say_p
@@ -39,12 +40,14 @@ class SystemFacts:
         means: of all measures, over queries and seeds.
         interval: bootstrap interval of the tested measure's mean, over queries.
         seeds: mean of the tested measure, per seed.
+        distinct: seeds that differ from one another on some query.
     """
 
     name: str
     means: dict[str, float]
     interval: tuple[float, float]
     seeds: tuple[float, ...]
+    distinct: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Difference:
         wins: queries on which this one is better.
         ties: queries on which they are equal.
         losses: queries on which the first one is better.
-        detectable: the smallest difference that so many queries show in `power` of all cases.
+        detectable: the smallest difference that so many queries show in `power` of all cases; None for one query.
         agreeing: pairs of seeds whose difference has the same sign as that of the means.
         pairs: of seeds.
         verdict: in words.
@@ -76,7 +79,7 @@ class Difference:
     wins: int
     ties: int
     losses: int
-    detectable: float
+    detectable: float | None
     agreeing: int
     pairs: int
     verdict: str
@@ -111,7 +114,13 @@ class Comparison:
             counts = f"better on {found.wins} queries, equal on {found.ties}, worse on {found.losses}"
             seeds = f"; {found.agreeing} of {found.pairs} pairs of seeds agree" if found.pairs > 1 else ""
             lines.append(f"    {counts}{seeds}")
-        if all(len(system.seeds) == 1 for system in self.systems):
+        for system in self.systems:
+            if system.distinct < len(system.seeds):
+                lines.append(
+                    f"Of the {len(system.seeds)} runs of {system.name}, {system.distinct} differ: a run that is named "
+                    "twice is no second seed, and the test over seeds says too much."
+                )
+        if all(system.distinct == 1 for system in self.systems):
             lines.append("One run of each: what another seed would give is not known.")
         return "\n".join(lines)
 
@@ -127,11 +136,18 @@ def compare_values(
         output: a folder for `comparison.json`, `comparison.txt` and `per_query.tsv`.
 
     Raises:
-        UsageError: fewer than two systems.
+        UsageError: fewer than two systems, or fewer resamples than the level needs.
         DataError: systems that were not measured on the same queries.
     """
     if len(systems) < 2:
         raise UsageError("There is nothing to compare.", remedy="Name at least two systems.")
+    least = 2 * (len(systems) - 1) / (config.resamples + 1)
+    if least >= config.level:
+        raise UsageError(
+            f"With {config.resamples} resamples no p-value is below {least:.2g}: nothing could be shown at the level "
+            f"{config.level:g}.",
+            remedy=f"Set --resamples {math.ceil(10 * least / config.level * config.resamples)}, or a higher --level.",
+        )
     measure = config.measures[0]
     queries = list(next(iter(systems.values()))[0][measure])
     values = {name: _stack(name, seeds, measure, queries) for name, seeds in systems.items()}  # [S, Q] each
@@ -141,6 +157,7 @@ def compare_values(
             {other: float(np.mean([mean_measures(seed)[other] for seed in seeds])) for other in config.measures},
             find_interval(values[name].mean(0), resamples=config.resamples, seed=config.compare_seed),
             tuple(values[name].mean(1).tolist()),
+            len(np.unique(values[name], axis=0)),
         )
         for name, seeds in systems.items()
     )
@@ -174,14 +191,19 @@ def read_system(text: str, qrels: Qrels | None, measures: Sequence[str]) -> tupl
         The system's name, and its values per query for each place.
 
     Raises:
-        UsageError: a run without labels, labels for what was measured already, or measures that it does not have.
+        UsageError: a run that is named twice, one without labels, labels for what was measured already, or measures
+            that it does not have.
         DataError: a run that has no query of the labels.
+        ArtefactError: a work folder whose run has not ended.
     """
     name, equals, places = text.partition("=")
     if _is_there(text):
         name, paths = "", [Path(text)]
     else:
         paths = [Path(place) for place in (places if equals else text).split(",")]
+    twice = [path for at, path in enumerate(paths) if path.resolve() in {other.resolve() for other in paths[:at]}]
+    if twice:
+        raise UsageError("This run is named twice; it is one seed.", path=twice[0], remedy="Name each seed's run once.")
     values = [_read_values(path, qrels, measures) for path in paths]
     return name if equals and name else paths[0].name.removesuffix(".trec"), values
 
@@ -194,6 +216,7 @@ def _is_there(place: str) -> bool:
 
 
 def _read_values(place: Path, qrels: Qrels | None, measures: Sequence[str]) -> PerQuery:
+    require_no_begun_work(place)
     if is_work_folder(place) or (place / PER_QUERY).is_file():
         if qrels is not None:
             raise UsageError(
@@ -245,8 +268,10 @@ def correct_holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected]
 
 
-def find_detectable(differences: Values, comparisons: int, level: float, power: float) -> float:
+def find_detectable(differences: Values, comparisons: int, level: float, power: float) -> float | None:
     """Return the difference of means that so many paired queries show with a given power, by the normal form.
+
+    None where one query says nothing of the deviation.
 
     Args:
         differences: [Q] per query; their deviation counts, not their mean.
@@ -257,7 +282,7 @@ def find_detectable(differences: Values, comparisons: int, level: float, power: 
     from scipy.stats import norm
 
     if len(differences) < 2:
-        return float("inf")
+        return None
     quantiles = norm.ppf(1 - level / (2 * comparisons)) + norm.ppf(power)
     return float(quantiles * differences.std(ddof=1) / np.sqrt(len(differences)))
 
@@ -284,7 +309,9 @@ def _compare(
     verdict = f"{name} is {'better' if mean > 0 else 'worse'} than {first}: {numbers}."
     if p_holm >= config.level:
         verdict = f"No difference between {name} and {first} could be shown: {numbers}."
-        if EQUAL < detectable < 1:
+        if p_seeds is not None and p_value < config.level / comparisons:
+            verdict += " Over queries alone it would be: the seeds are too few, or differ too much."
+        elif detectable is not None and max(EQUAL, abs(mean)) < detectable < 1:
             possible = f"{len(differences)} queries would show one of {detectable:.4f}"
             verdict += f" {possible} in {config.power:.0%} of all cases."
     return Difference(

@@ -168,7 +168,6 @@ def _format_gate(gate: dict[str, Any], collection: Collection | None) -> str:
     ]
     if collection is None:
         return "\n".join([*lines, "", "These are texts of pairdr's own; rankings were not compared."])
-    licence = collection.config.licence or "not given; ask who made the data"
     return "\n".join(
         [
             *lines,
@@ -179,7 +178,7 @@ def _format_gate(gate: dict[str, Any], collection: Collection | None) -> str:
             f"({gate['loss_low']:.4f} to {gate['loss_high']:.4f}) | {gate['overlap']:.1%} |",
             "",
             f"The queries are dev queries of `{collection.given_name}`, searched in a sample of its passages, which is "
-            f"easier than all: the difference counts, not the height. Licence of the data: {licence}.",
+            f"easier than all: the difference counts, not the height. Licence of the data: {collection.licence}.",
         ]
     )
 

@@ -121,6 +121,11 @@ def read_audit_lines(path: str | Path) -> list[tuple[int, Finding]]:
             line=line,
             remedy="Save it as tab-separated text in UTF-8, with the line that names the columns.",
         )
+    twice = [name for name in _COLUMNS if header.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"Two columns are named {twice[0]!r}.", path=path, line=line, remedy="Give one of them another name."
+        )
     found: dict[tuple[str, str], tuple[int, Finding]] = {}
     for line, row in rows:
         finding = _parse_row(header, row, path, line)

@@ -41,6 +41,8 @@ PASSAGE_KEYS = ("_id", "title", "text", "metadata")
 QUERY_KEYS = ("_id", "text")
 """Those of queries.jsonl."""
 _READ_AT_ONCE = 1024
+MOST_RELEVANCE = 2**31
+"""Relevances are smaller: what measures them has 32 bits."""
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 
 
@@ -163,10 +165,13 @@ def read_qrels_lines(path: Place) -> Iterator[tuple[int, str, str, int]]:
             if len(parts) != columns or columns > 4:
                 raise ValueError(f"{len(parts)} columns")
             query_id, passage_id, relevance = [*parts, "1"] if columns == 2 else [parts[0], *parts[columns - 2 :]]
+            if abs(int(relevance)) >= MOST_RELEVANCE:
+                raise ValueError(f"relevance {relevance}")
             yield number, query_id, passage_id, int(relevance)
         except ValueError as error:
             raise DataError(
-                "Not a qrels line: expected 'query-id<TAB>corpus-id<TAB>score', score a whole number, on every line.",
+                "Not a qrels line: expected 'query-id<TAB>corpus-id<TAB>score' on every line, score a whole number "
+                "below 2^31.",
                 path=path,
                 line=number,
                 remedy="Mend or remove the line.",

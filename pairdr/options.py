@@ -39,6 +39,8 @@ class Options:
             wanted, kinds = None, get_args(hint) or (hint,)
             if kinds == (int, ...):
                 wanted = None if all(type(item) is int and item > 0 for item in value) else "whole numbers above 0"
+            elif kinds == (str, ...) and spec.default:
+                wanted = None if value else "at least one name"
             elif get_origin(hint) is Literal:
                 wanted = None if value in kinds else f"one of {', '.join(kinds)}"
             elif value is not None and not {int, float}.isdisjoint(kinds):

@@ -17,7 +17,7 @@ from pairdr.store_config import Mode, QueryConfig
 if TYPE_CHECKING:
     from pairdr.backends import Encoder
 
-WORK_FILE = "work.json"
+WORK_FILE, STATE = "work.json", "state.json"
 TEACHER = "teacher"
 
 
@@ -68,6 +68,18 @@ def names_start(model: ModelConfig) -> bool:
 def is_work_folder(place: Path) -> bool:
     """Return whether `pairdr run` has finished here."""
     return (place / WORK_FILE).is_file()
+
+
+def require_no_begun_work(place: Path) -> None:
+    """Refuse a work folder that `pairdr run` has only begun.
+
+    Raises:
+        ArtefactError: naming it.
+    """
+    if (place / STATE).is_file() and not is_work_folder(place):
+        raise ArtefactError(
+            "The run has not ended here.", path=place, remedy="Call pairdr run once more: what is done is skipped."
+        )
 
 
 def find_parts(

@@ -92,8 +92,16 @@ def apply_audit(
         raise UsageError("No row is marked.", path=path, remedy="Write accept, relabel or drop into the column mark.")
     changes: dict[str, _Change] = defaultdict(_Change)
     pool = frozenset(collection.pool)
+    pseudo = {(row.query_id, row.positive_id) for row in rows.get("pseudo", ())}
     for line, finding in marked:
         _require_fitting(collection, pool, finding, path, line)
+        if rows and finding.label == "pseudo" and finding.pair not in pseudo:
+            raise DataError(
+                f"Passage {finding.passage_id!r} is no pseudo positive of query {finding.query_id!r}.",
+                path=path,
+                line=line,
+                remedy="Name the examples that were audited.",
+            )
         _note(finding, changes[finding.query_id])
     before = collection.labels("train")
     labels = _change_labels(before, changes)
@@ -108,7 +116,7 @@ def apply_audit(
             remedy="Marks of pseudo labels and dropped negatives change training examples alone: name these too.",
         )
     inputs = {"collection": collection.fingerprint, "audit": hash_file(path)}
-    with publish(output, "beir", options={}, inputs=inputs) as staging:
+    with publish(output, "beir", options={}, inputs=inputs, edited=True) as staging:
         _write_data(collection, labels, staging.path)
         staging.facts |= facts
     if examples is not None and new_examples is not None:

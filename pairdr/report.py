@@ -26,11 +26,12 @@ from pairdr.label import SCORES
 from pairdr.lengths import Lengths, count_lengths
 from pairdr.mine import read_candidates
 from pairdr.origin import Origin, read_origin
+from pairdr.parts import STATE
 from pairdr.records import Run, positives_of
 from pairdr.store_config import ReportConfig
 from pairdr.table import MAIN, TITLES, Table, read_table, read_values
 from pairdr.train import LOG
-from pairdr.work import STATE, read_state
+from pairdr.work import read_state
 
 T = TypeVar("T")
 BINS = 20

@@ -8,23 +8,39 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pairdr.check import check_collection
 from pairdr.collection import Collection, open_collection
 from pairdr.config import RunConfig
 from pairdr.errors import ArtefactError, DataError, UsageError
-from pairdr.origin import OPTIONS_FILE, Origin, read_origin
+from pairdr.files import hash_file, replace_file
+from pairdr.origin import DATA_FILE, OPTIONS_FILE, Origin, read_origin
+from pairdr.parts import STATE
 from pairdr.pipeline import run_pipeline
 from pairdr.table import TITLES, Table, read_table
+from pairdr.vectors import VectorStore
 from pairdr.work import read_state
+
+CLAIM = "reproduces.json"
+"""Of which run a work folder is made: hashes of its options and of what it says of its data."""
 
 
 @dataclass(frozen=True)
 class StepPair:
-    """A step's fingerprint then and now; None where it is not recorded."""
+    """A step's fingerprint then and now; None where it is not recorded.
+
+    Attributes:
+        name: of the step.
+        then: of the run that is made again.
+        now: of the new one.
+        difference: in words, where both made vectors of the same passages and not the same ones; else empty.
+    """
 
     name: str
     then: str | None
     now: str
+    difference: str = ""
 
     @property
     def is_equal(self) -> bool:
@@ -56,7 +72,10 @@ class Reproduction:
     def format(self) -> str:
         """Return what is equal and what differs, as plain text."""
         lines = [f"{'data':28}{_say_pair(*self.data)}"]
-        lines += [f"{step.name:28}{_say_pair(step.then, step.now)}" for step in self.steps]
+        for step in self.steps:
+            lines.append(f"{step.name:28}{_say_pair(step.then, step.now)}")
+            if step.difference:
+                lines.append(f"{'':28}{step.difference}")
         lines += ["", *(f"{name:28}{then} -> {now}" for name, (then, now) in self.versions.items())]
         lines.append("" if self.versions else "versions and machine are those of then")
         names = list(next(iter(self.measures.values())))
@@ -80,7 +99,7 @@ def reproduce_run(source: str | Path, output: str | Path, data: str | Path | Non
     Raises:
         ArtefactError: no finished run there.
         DataError: the data have changed, or are no longer there.
-        UsageError: `output` is the run itself.
+        UsageError: `output` is the run itself, or another one.
     """
     work = find_work(Path(source))
     output = Path(output)
@@ -88,6 +107,7 @@ def reproduce_run(source: str | Path, output: str | Path, data: str | Path | Non
         raise UsageError("This is the run that is to be made again.", path=output, remedy="Choose another --output.")
     origin = read_origin(work)
     collection = open_again(origin, work, None if data is None else Path(data))
+    _claim_output(output, work)
     result = run_pipeline(collection, output, replace(origin.config, data=collection.config))
     return compare_runs(work, output, result.table, (origin.collection, collection.fingerprint))
 
@@ -145,12 +165,52 @@ def compare_runs(then: Path, now: Path, table: Table, data: tuple[str, str]) -> 
     return Reproduction(
         data=data,
         versions=_compare_versions(old, new),
-        steps=tuple(StepPair(name, old.get(name, {}).get("fingerprint"), new[name]["fingerprint"]) for name in new),
+        steps=tuple(_compare_step(name, old, new, then, now) for name in new),
         measures={
             row.system: {name: (before.get(row.system, {}).get(name), mean) for name, mean in row.means.items()}
             for row in table.rows
         },
     )
+
+
+def _claim_output(output: Path, work: Path) -> None:
+    """Write into the new work folder of which run it is made.
+
+    Raises:
+        UsageError: a run stands there that was not made again from this one.
+    """
+    text = json.dumps({name: hash_file(work / name) for name in (OPTIONS_FILE, DATA_FILE)}, indent=1) + "\n"
+    path = output / CLAIM
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    if (output / STATE).exists():
+        raise UsageError(
+            "Another run stands here, which this one would replace.", path=output, remedy="Choose another --output."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text)
+
+
+def _compare_step(name: str, old: Mapping[str, Any], new: Mapping[str, Any], then: Path, now: Path) -> StepPair:
+    pair = StepPair(name, old.get(name, {}).get("fingerprint"), new[name]["fingerprint"])
+    places = [folder / "vectors" / name.removeprefix("encode ") for folder in (then, now)]
+    if pair.is_equal or not name.startswith("encode ") or not all(place.is_dir() for place in places):
+        return pair
+    return replace(pair, difference=_compare_vectors(*(VectorStore(place) for place in places)))
+
+
+def _compare_vectors(then: VectorStore, now: VectorStore) -> str:
+    """Return in words how far vectors of the same passages are apart, and whether they came about at once."""
+    gap = 0.0
+    for start, vectors in then.read_blocks():
+        rows = np.arange(start, start + len(vectors))
+        alive = np.ones(len(rows), dtype=np.bool_) if then.alive is None else then.alive[rows]
+        others = now.rows_of(then.ids_of(rows[alive]))
+        if then.live != now.live or (others < 0).any() or vectors.shape[1] != now.dimensions:
+            return ""
+        gap = max(gap, float(np.abs(vectors[alive] - now.take(others)).max(initial=0)))
+    found = f"of the same {then.live} passages, " + (f"at most {gap:.1e} apart" if gap else "with equal numbers")
+    return found if then.version == 1 else f"{found}; then they came about in {then.version} versions"
 
 
 def _move_files(origin: Origin, data: Path | None) -> RunConfig:

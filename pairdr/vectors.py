@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pairdr.artefact import Manifest, read_whole
+from pairdr.artefact import VERSION, Manifest, read_whole
 from pairdr.errors import ArtefactError
 from pairdr.ids import IdIndex, hash_text
 from pairdr.records import PASSAGE_COLUMNS, Passage
@@ -99,7 +99,7 @@ class VectorStore:
     def _open(self, manifest: Manifest) -> None:
         facts = manifest.facts
         self.manifest, self.fingerprint = manifest, manifest.fingerprint
-        self.count, self.dimensions, self.version = facts["count"], facts["dimensions"], facts["version"]
+        self.count, self.dimensions, self.version = facts["count"], facts["dimensions"], facts[VERSION]
         self.dtype: Dtype = facts["dtype"]
         self.similarity = str(facts["similarity"])
         self.encoder, self.passages_fingerprint = manifest.inputs["encoder"], manifest.inputs["passages"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pairdr.artefact import MANIFEST, publish_version, read_manifest
+from pairdr.artefact import MANIFEST, VERSION, publish_version, read_manifest
 from pairdr.errors import ArtefactError, BusyError, PairdrError, UsageError
 from pairdr.files import describe_file, explain_failed_writes, hash_file, hash_json, hold_lock, replace_file
 from pairdr.ids import hash_text, write_id_index
@@ -157,7 +157,7 @@ class StoreWriter:
         for file in sorted(folder.glob(f"{name}.*")):
             files[f"versions/{file.name}"] = describe_file(file)
         facts = {
-            "version": version,
+            VERSION: version,
             "count": rows.num_rows,
             "live": len(live),
             "dimensions": dimensions,
@@ -274,7 +274,7 @@ def _open_base(folder: Path, dtype: Dtype, encoder: str) -> VectorStore | None:
 
 def _read_version(folder: Path) -> int:
     try:
-        return int(read_manifest(folder, "vectors").facts.get("version", 0))
+        return int(read_manifest(folder, "vectors").facts.get(VERSION, 0))
     except ArtefactError:
         return 0
 

@@ -19,11 +19,10 @@ from pairdr.files import hash_json, hold_lock, replace_file
 from pairdr.formats import read_run
 from pairdr.lexical import LexicalIndex
 from pairdr.origin import describe_environment, measure_memory
+from pairdr.parts import STATE
 from pairdr.records import Run
 from pairdr.start import is_retriever
 from pairdr.vectors import VectorStore
-
-STATE = "state.json"
 
 
 class Work:

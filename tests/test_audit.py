@@ -322,6 +322,15 @@ def test_marks_are_not_overwritten(plant: Plant) -> None:
     assert len(plant.audit()) == 1
 
 
+def test_a_marked_copy_beside_the_table_is_not_deleted(plant: Plant) -> None:
+    plant.audit()
+    copy = plant.folder / "audit" / "audit-marked.tsv"
+    copy.write_text("marks", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"This folder also holds audit-marked\.tsv, which would be lost with it"):
+        plant.audit()
+    assert copy.read_text(encoding="utf-8") == "marks"
+
+
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 CONFIG = RunConfig(

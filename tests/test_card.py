@@ -154,7 +154,7 @@ def test_a_licence_that_is_given_later_stands_in_every_card(
     before = {name: (read_manifest(work / "models" / name).fingerprint, read_card(work, name)[1]) for name in TRAINED}
     (work / "models" / "labelled_only" / "README.md").write_text("mine", encoding="utf-8")
     monkeypatch.setattr(card, "find_interval", pytest.fail)  # what was measured is known
-    result = run_pipeline(toy, work, make_config(tiny_model, "MIT"))
+    result = run_pipeline(toy, work, make_config(tiny_model, "MIT\n---\nlicense: other"))
     assert result.steps_run == ()
     for name, (fingerprint, text) in before.items():
         assert read_manifest(work / "models" / name).fingerprint == fingerprint
@@ -162,8 +162,8 @@ def test_a_licence_that_is_given_later_stands_in_every_card(
             assert (work / "models" / name / "README.md").read_text(encoding="utf-8") == "mine"
             continue
         _, body = read_card(work, name)
-        assert "Licence of the data: MIT." in body
-        assert "--licence MIT" in body
+        assert "Licence of the data: MIT --- license: other." in body
+        assert "--licence 'MIT" in body
         assert find_section(body, "Results") == find_section(text, "Results")
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pairdr.artefact import verify_artefact
+from pairdr.cli import main
 from pairdr.compare import compare_seeds, compare_values, correct_holm, find_detectable, read_system
 from pairdr.config import EvaluateConfig
-from pairdr.errors import DataError, UsageError
+from pairdr.errors import ArtefactError, DataError, UsageError
 from pairdr.evaluate import evaluate_run
 from pairdr.formats import read_run
 from pairdr.measures import PerQuery
@@ -74,8 +75,44 @@ def test_equal_systems_have_no_difference() -> None:
 
 def test_a_handful_of_queries_is_not_said_to_show_what_no_measure_can_have() -> None:
     (found,) = compare_values({"a": [make(np.array([0, 1, 0]))], "b": [make(np.array([1, 0, 1]))]}, CONFIG).differences
-    assert found.detectable > 1
+    assert found.detectable is not None and found.detectable > 1
     assert "would show" not in found.verdict
+
+
+def test_one_query_has_a_comparison_that_is_json(tmp_path: Path) -> None:
+    (found,) = compare_values({"a": [make(np.ones(1))], "b": [make(np.zeros(1))]}, CONFIG, tmp_path / "o").differences
+    assert found.detectable is None and "would show" not in found.verdict
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    json.loads((tmp_path / "o" / "comparison.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_where_the_seeds_are_the_limit_nothing_is_said_of_the_queries() -> None:
+    base = np.full(60, 0.2)
+    pairs = [(base, base + gap) for gap in (0.2, 0.3, 0.05)]
+    first, second = ([make(pair[at]) for pair in pairs] for at in (0, 1))
+    (found,) = compare_values({"a": first, "b": second}, CONFIG).differences
+    assert found.p_value < 0.05 < found.p_holm
+    assert "would show one of" not in found.verdict
+    assert found.verdict.endswith("Over queries alone it would be: the seeds are too few, or differ too much.")
+
+
+def test_a_level_that_no_resample_reaches_is_refused() -> None:
+    systems = {"a": [make(draw(60, 1))], "b": [make(draw(60, 2))]}
+    with pytest.raises(UsageError, match=r"no p-value is below 0\.0002") as error:
+        compare_values(systems, CompareConfig(measures=("RR@10",), level=1e-4))
+    words = str(error.value.remedy).split()
+    compare_values(systems, CompareConfig(measures=("RR@10",), level=1e-4, resamples=int(words[2].strip(","))))
+
+
+def test_equal_runs_are_said_to_be_no_seeds() -> None:
+    values = draw(50, 4)
+    found = compare_values({"a": [make(values)] * 3, "b": [make(draw(50, 5))] * 2}, CONFIG).format()
+    assert "Of the 3 runs of a, 1 differ" in found and "Of the 2 runs of b, 1 differ" in found
+    assert found.splitlines()[-1] == "One run of each: what another seed would give is not known."
+    assert "differ: a run" not in compare_values({"a": [make(values)], "b": [make(values)]}, CONFIG).format()
 
 
 def test_rounding_is_no_difference() -> None:
@@ -206,9 +243,22 @@ def test_names_may_hold_dots_and_places_equals_signs(tmp_path: Path) -> None:
     (folder / "a,b.trec").write_text(RUN, encoding="utf-8")
     name, seeds = read_system(str(folder / "a,b.trec"), qrels, ("RR@10",))
     assert (name, len(seeds)) == ("a,b", 1)
-    many = ",".join([str(folder / "run.trec")] * 40)  # longer than a name may be
-    name, seeds = read_system(f"x={many}", qrels, ("RR@10",))
+    places = [folder / f"{number}.trec" for number in range(40)]
+    for place in places:
+        place.write_text(RUN, encoding="utf-8")
+    name, seeds = read_system(f"x={','.join(map(str, places))}", qrels, ("RR@10",))  # longer than a name may be
     assert (name, len(seeds)) == ("x", 40)
+    with pytest.raises(UsageError, match=r"0\.trec: This run is named twice; it is one seed"):
+        read_system(f"x={places[0]},{places[1]},{places[0].parent / 'x' / '..' / places[0].name}", qrels, ("RR@10",))
+
+
+def test_a_work_folder_whose_run_has_not_ended_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ArtefactError, match=r"The run has not ended here\. Call pairdr run once more"):
+        read_system(str(tmp_path), None, ("RR@10",))
+    with pytest.raises(SystemExit) as end:
+        main(["audit", str(tmp_path), "-o", str(tmp_path / "audit")])
+    assert end.value.code == 1
 
 
 def test_a_run_of_other_queries_is_refused_and_one_that_lacks_some_says_so(

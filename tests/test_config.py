@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from pairdr.config import ARMS, Options, RunConfig, TrainArm, TrainConfig, change_options, list_stages
+from pairdr.config import ARMS, EvaluateConfig, Options, RunConfig, TrainArm, TrainConfig, change_options, list_stages
 from pairdr.errors import UsageError
 from pairdr.store_config import CompareConfig, ExportConfig, IndexConfig, QueryConfig
 
@@ -57,6 +57,11 @@ def test_a_value_above_its_range_is_refused_and_named(name: str, kind: type[Opti
 def test_what_is_no_number_is_refused() -> None:
     with pytest.raises(UsageError, match="Option alpha is nan"):
         TrainConfig(alpha=float("nan"))
+
+
+def test_there_is_something_to_measure() -> None:
+    with pytest.raises(UsageError, match=r"Option measures is \(\); it must be at least one name"):
+        EvaluateConfig(measures=())
 
 
 def test_a_text_is_no_number() -> None:

@@ -623,6 +623,16 @@ def test_an_id_with_other_words_is_refused_but_where_the_corpus_has_it(tmp_path:
     assert (facts["passages"], facts.get("passages that the training files bring")) == (2, None)
 
 
+def test_where_data_are_written_and_examples_are_not_it_says_so(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "t.jsonl", {"question": "q", "positive_ctxs": [context("a", 7)]})
+    corpus = write_text(tmp_path / "psgs.tsv", "id\ttext\ttitle", "7\ta\tA", "7\tb\tB")
+    with pytest.raises(DataError, match=r"1 passage ids occur twice.* The data are written, the examples are not\."):
+        run_import("dpr", tmp_path / "data", path, corpus=corpus)
+    assert (tmp_path / "data").is_dir() and not (tmp_path / "data.examples").exists()
+    run_import("dpr", tmp_path / "data", path, corpus=corpus, data=DataConfig(on_duplicate="first"))
+    assert len(read_examples(tmp_path / "data.examples")) == 1
+
+
 def test_tevatrons_new_keys_need_the_corpus_that_they_name(tmp_path: Path) -> None:
     row = {"query_id": 3, "query_text": "q", "positive_document_ids": [1], "negative_document_ids": ["2"]}
     path = write_rows(tmp_path / "t.jsonl", row)

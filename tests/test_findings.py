@@ -149,6 +149,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.tsv").write_text("mark\tkind", encoding="utf-16")
     with pytest.raises(DataError, match=r"c\.tsv: Not UTF-8\. Save it as"):
         read_audit(tmp_path / "c.tsv")
+    with pytest.raises(DataError, match=r"e\.tsv:1: Two columns are named 'mark'\. Give one of them another name"):
+        read_audit(write_table(tmp_path / "e.tsv", header="mark\tkind\tlabel\tquery_id\tpassage_id\tmark"))
     (tmp_path / "d.tsv").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=r"d\.tsv:1: The column 'mark' is missing"):
         read_audit(tmp_path / "d.tsv")

@@ -240,6 +240,7 @@ BROKEN = {
     "question with a nul": (questions, "u.txt", b"fine\na\0b\n", 2, "NUL"),
     "labels with words": (read_qrels, "q.tsv", b"query-id\tcorpus-id\tscore\nq\tp\tyes\n", 2, "Not a qrels line"),
     "labels with a fraction": (read_qrels, "q.tsv", b"q\tp\t0.5\n", 1, "Not a qrels line"),
+    "labels beyond 32 bits": (read_qrels, "q.tsv", b"q\tp\t2147483647\nq\tr\t2147483648\n", 2, "Not a qrels line"),
     "labels of one column": (read_qrels, "q.tsv", b"q\n", 1, "Not a qrels line"),
     "labels of five columns": (read_qrels, "q.tsv", b"q\t0\tp\t1\t1\n", 1, "Not a qrels line"),
     "labels of mixed columns": (read_qrels, "q.tsv", b"q\tp\t1\nq\tr\n", 2, "Not a qrels line"),

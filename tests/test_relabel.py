@@ -163,6 +163,7 @@ def test_accepted_positives_change_nothing(apply: Apply) -> None:
 
 def test_hidden_labels_stay_what_they_are(apply: Apply) -> None:
     hidden = next(iter(apply.plant.open(hide_labels=0.5).hidden))
+    apply.plant.pseudo.append(make_row(hidden, "pseudo", positive_id="p20"))
     assert apply({("pseudo", hidden, "p20"): "drop"}, hide_labels=0.5) == QRELS["train"]
     assert hidden in apply.collection.hidden
 
@@ -230,6 +231,27 @@ def test_marks_that_do_not_fit_the_data_are_refused(
         apply_audit(plant.open(), path, tmp_path / "new")
     assert str(refused.value).startswith(f"{path}:3: {message} Use the data and the options of the audit")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_mark_of_what_is_no_pseudo_label_is_refused(apply: Apply) -> None:
+    with pytest.raises(DataError, match=r"marked\.tsv:2: Passage 'p12' is no pseudo positive of query 'u1'"):
+        apply({("pseudo", "u1", "p12"): "drop"})
+    assert not apply.output.exists()
+
+
+def test_what_people_put_into_the_new_data_or_changed_there_is_kept(plant: Plant, tmp_path: Path) -> None:
+    collection, new = plant.open(), tmp_path / "new"
+    path = write_table(tmp_path / "a.tsv", "relabel\tnear_copy\tnegative\tt0\tp21")
+    apply_audit(collection, path, new)
+    (new / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"new: This folder also holds notes\.txt, which would be lost with it\."):
+        apply_audit(collection, path, new)
+    (new / "notes.txt").unlink()
+    labels = new / "qrels" / "train.tsv"
+    labels.write_text(labels.read_text(encoding="utf-8").replace("p21\t1", "p22\t1"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"new: qrels/train\.tsv was changed since it was written, and would be"):
+        apply_audit(collection, path, new)
+    assert read_qrels(labels)["t0"] == {"p0": 1, "p22": 1}
 
 
 def test_nothing_is_replaced_that_is_read(plant: Plant, tmp_path: Path) -> None:

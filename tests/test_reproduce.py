@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -289,6 +290,42 @@ def test_data_that_moved_bring_their_files_along(copy: Path, data: Path, tmp_pat
     assert read_origin(tmp_path / "new").config.data.held_out == moved / "held_out.txt"
 
 
+@pytest.mark.slow
+def test_a_run_that_was_changed_on_the_way_is_reproduced(copy: Path, work: Path, data: Path, tmp_path: Path) -> None:
+    config = read_origin(work).config
+    more = replace(config, train=replace(config.train, max_steps=3))
+    run_pipeline(data, copy, more)
+    run_pipeline(data, copy, config)  # vectors of the third version, with the content of the first
+    assert read_manifest(copy / "vectors" / "pair").facts["version"] == 3
+    found = reproduce_run(copy, tmp_path / "new")
+    assert found.is_equal, found.format()
+
+
+@pytest.mark.slow
+def test_vectors_that_came_about_bit_by_bit_are_said_to_have(work: Path, data: Path, tmp_path: Path) -> None:
+    grown, moved = Path(shutil.copytree(data, tmp_path / "grown")), tmp_path / "work"
+    config, corpus = read_origin(work).config, grown / "corpus.jsonl"
+    lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
+    corpus.write_text("".join(lines[:-1]), encoding="utf-8")
+    orphan = json.loads(lines[-1])["_id"]
+    for path in (grown / "qrels").iterdir():
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(row for row in rows if f"\t{orphan}\t" not in row), encoding="utf-8")
+    run_pipeline(grown, moved, config)
+    corpus.write_text("".join([*lines[-1:], *lines[:-1]]), encoding="utf-8")
+    run_pipeline(grown, moved, config)
+    found = reproduce_run(moved, tmp_path / "new")
+    assert not found.is_equal
+    (start,) = [step for step in found.steps if step.name == "encode start"]
+    words = re.fullmatch(
+        rf"of the same {len(lines)} passages, (with equal numbers|at most (\S+) apart); "
+        "then they came about in 2 versions",
+        start.difference,
+    )
+    assert words is not None and float(words[2] or 0) < 1e-5
+    assert f"{'':28}{start.difference}" in found.format().splitlines()
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +339,20 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
 def test_a_run_is_not_made_over_itself(work: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"This is the run that is to be made again\. Choose another --output"):
         reproduce_run(work, work / name)
+
+
+@pytest.mark.slow
+def test_another_run_is_not_replaced(copy: Path, work: Path, data: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"Another run stands here, which this one would replace\."):
+        reproduce_run(work, copy)  # a copy of it is none that was made again
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()} == before
+    new = tmp_path / "new"
+    reproduce_run(work, new)
+    config = read_origin(work).config
+    run_pipeline(data, copy, replace(config, train=replace(config.train, max_steps=1)))
+    with pytest.raises(UsageError, match="Another run stands here"):
+        reproduce_run(copy, new)
 
 
 @pytest.mark.slow

@@ -204,7 +204,11 @@ def _import_training(
     if not files:
         return facts
     keep_scores = config.scores == "keep" or (config.scores == "auto" and source_format != "dpr")
-    collection = open_collection(output, data)
+    try:
+        collection = open_collection(output, data)
+    except DataError as error:
+        what = f"{error.what} The data are written, the examples are not."
+        raise DataError(what, path=error.path, line=error.line, remedy=error.remedy) from error
     inputs = {"collection": collection.fingerprint} | {path.name: hash_file(path) for path in files}
     options = {"from": source_format} | config.as_dict()
     with publish(f"{output}.examples", "examples", options=options, inputs=inputs) as staging:
@@ -224,7 +228,10 @@ def _import_rows(
     inputs = {f"{split}/{path.name}": _hash_input(path) for split, path in sources}
     if corpus is not None:
         inputs["corpus"] = _hash_input(corpus)
-    with publish(output, "beir", options={"from": source_format}, inputs=inputs) as staging, ExitStack() as files:
+    with (
+        publish(output, "beir", options={"from": source_format}, inputs=inputs, edited=True) as staging,
+        ExitStack() as files,
+    ):
         counts: Counter[str] = Counter()
         qrels: dict[str, Qrels] = {split: {} for split, _ in sources}
         folder = _RowFiles(staging.path, files, counts)
@@ -263,7 +270,10 @@ def _import_collection(folder: Path, output: Path) -> dict[str, Any]:
         )
     paths = (corpus, *([titles] if titles else []), *qrels_files.values(), *queries_files.values())
     inputs = {path.name: hash_file(path) for path in paths}
-    with publish(output, "beir", options={"from": "msmarco"}, inputs=inputs) as staging, ExitStack() as files:
+    with (
+        publish(output, "beir", options={"from": "msmarco"}, inputs=inputs, edited=True) as staging,
+        ExitStack() as files,
+    ):
         counts: Counter[str] = Counter()
         named: set[str] = set()
         for split, path in qrels_files.items():
