@@ -37,6 +37,7 @@ from pairdr.work import Work
 
 FOUND = RESULTS / "why"
 SEEDS, STEPS, RATE, PASSAGES, GRADIENTS = (1, 2, 3), 200, 3e-4, 5_000, 8
+ALPHAS = (0.0, 0.3)
 Floats = npt.NDArray[np.float64]
 
 
@@ -44,7 +45,7 @@ class Probe(NamedTuple):
     """A line of the protocol's second table."""
 
     name: str
-    alphas: tuple[float, ...] = (0.0, 0.3)
+    alphas: tuple[float, ...] = ALPHAS
     start: str = "tuned"
     temperature: float | None = None
     sources: tuple[str, ...] = ("pseudo", "labelled")
@@ -208,6 +209,14 @@ def print_probes(probes: Sequence[Probe]) -> None:
                 print_difference(runs, found[0.0])
 
 
+def print_pooled(probes: Sequence[Probe]) -> None:
+    """Print alpha 0.3 against alpha 0, as the mean over all probes of the tuned start that have both, by seed."""
+    pooled = [probe for probe in probes if probe.start == "tuned" and all(_read_runs(probe, a) for a in ALPHAS)]
+    if len(pooled) > 1:
+        print(f"\n## alpha 0.3 - alpha 0, mean over {', '.join(probe.name for probe in pooled)}")
+        print_difference(*(_average_runs([_read_runs(probe, alpha) for probe in pooled]) for alpha in ALPHAS[::-1]))
+
+
 def print_parts() -> None:
     """Print what two parts of the pipeline do, from probes that differ by nothing else."""
     named = {probe.name: probe for probe in PROBES}
@@ -226,8 +235,26 @@ def print_difference(mine: dict[int, Any], theirs: dict[int, Any]) -> None:
     print(f"{'':12}{mean:+.2f} ({low:+.2f} to {high:+.2f}), {say_p(p_value)}: {judge(mean, low, high, detectable)}")
     for name in ("margin", "likeness"):
         gaps = np.array([np.subtract(one["quarters"][name], other["quarters"][name]) for one, other in pairs])  # [n, 4]
-        print(f"{'':12}by {name} at the start, low to high: " + "  ".join(_say_gap(gaps[:, at]) for at in range(4)))
+        quarters = "  ".join(_say_gap(gaps[:, at]) for at in range(4))
+        print(f"{'':12}by {name} at the start, low to high: {quarters}  high - low {_say_gap(gaps[:, 3] - gaps[:, 0])}")
     print(f"{'':12}by source: " + "  ".join(_compare_source(name, pairs) for name in pairs[0][0]["sources"]))
+
+
+def _average_runs(found: Sequence[dict[int, Any]]) -> dict[int, Any]:
+    """Return for each seed that all have the means of their runs."""
+    return {
+        seed: {
+            "RR@10": np.mean([runs[seed]["RR@10"] for runs in found]),
+            "quarters": {
+                name: np.mean([runs[seed]["quarters"][name] for runs in found], axis=0)
+                for name in found[0][seed]["quarters"]
+            },
+            "sources": {
+                name: np.mean([runs[seed]["sources"][name] for runs in found]) for name in found[0][seed]["sources"]
+            },
+        }
+        for seed in sorted(set.intersection(*(set(runs) for runs in found)))
+    }
 
 
 def _compare_source(name: str, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
@@ -271,6 +298,7 @@ def main() -> None:
     probes = [probe for probe in PROBES if probe.name in options.probes]
     if options.what == "report":
         print_probes(probes)
+        print_pooled(probes)
         print_parts()
         return
     if options.work is None:
