@@ -40,6 +40,8 @@ VERSION = "version"
 """The fact that counts the versions of a folder. It and the number in the names of their files are history."""
 T = TypeVar("T")
 _AGAIN = "Delete the folder and run its stage again."
+_LEFT = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\._.*|\.nfs.*|\.~lock\..*#|\..*\.sw[a-p]")
+"""What systems and editors leave beside files."""
 _LOOKS = 50  # at a place where a folder is about to be put, 10 ms apart
 
 
@@ -287,7 +289,7 @@ def require_replaceable(folder: Path, kind: str, *, beside: Sequence[str] = (), 
     Args:
         folder: where an artefact is to be put.
         kind: of it.
-        beside: files that the stage itself keeps there, unsealed, and has looked after.
+        beside: files that the stage itself keeps there, unsealed, and has looked after: a card, a table to mark.
         edited: people edit what such a folder holds: its files have to be those that were written.
 
     Raises:
@@ -297,36 +299,42 @@ def require_replaceable(folder: Path, kind: str, *, beside: Sequence[str] = (), 
         raise UsageError("This is no place for an output folder.", path=folder, remedy="Name a new folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    path = folder / MANIFEST
-    named: dict[str, Any] = {}
-    found = None
-    try:
-        if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found, named = content["kind"], dict(content["files"])
-    except (ValueError, TypeError, KeyError):
-        return  # a broken manifest of ours: the stage makes it anew
+    found, named = _read_claim(folder / MANIFEST)
     if found != kind:
         raise UsageError(
             f"This folder holds {'other files' if found is None else repr(found)}; {kind!r} would replace them all.",
             path=folder,
             remedy="Choose another --output, or delete the folder.",
         )
-    ours = {*named, MANIFEST, UNSEALED, *beside}
-    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
-        hidden = name.startswith(".") or "/." in name  # what systems leave in every folder
-        if name not in ours and not hidden:
+    ours = (MANIFEST, *beside)
+    half = tuple(f".{name}." for name in ours)  # of a call of ours that was killed
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink()):
+        name = path.relative_to(folder).as_posix()
+        if name not in (*named, *ours) and not (_LEFT.fullmatch(path.name) or path.name.startswith(half)):
             raise UsageError(
                 f"This folder also holds {name}, which would be lost with it.",
                 path=folder,
                 remedy="Move that file, or choose another --output.",
             )
-        if edited and name in named and hash_file(folder / name) != named[name].get("sha256"):
+        if edited and name in named and hash_file(path) != named[name]:
             raise UsageError(
                 f"{name} was changed since it was written, and would be replaced.",
                 path=folder,
                 remedy="Choose another --output, or delete the folder.",
             )
+
+
+def _read_claim(path: Path) -> tuple[str | None, dict[str, str]]:
+    """Return the kind and the sha256 of each file that a manifest names, however else it is; None where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = str(content["kind"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None, {}
+    try:
+        return kind, {name: str(entry["sha256"]) for name, entry in content["files"].items()}
+    except (TypeError, KeyError, AttributeError):
+        return kind, {}
 
 
 def _seal(staging: Path, kind: str, options: dict[str, Any], inputs: dict[str, str], facts: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ class SystemFacts:
         means: of all measures, over queries and seeds.
         interval: bootstrap interval of the tested measure's mean, over queries.
         seeds: mean of the tested measure, per seed.
-        distinct: seeds that differ from one another on some query.
+        distinct: seeds that differ from one another in some measure of some query.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Difference:
         difference: of the means, this one's minus the first one's.
         interval: bootstrap interval of that, paired over queries.
         p_value: two-sided paired randomisation test over queries.
-        p_seeds: t-test over seeds; None where no system has several.
+        p_seeds: t-test over seeds; None where no system has several, or they have no deviation.
         p_holm: the larger of the two, corrected for the number of comparisons.
         wins: queries on which this one is better.
         ties: queries on which they are equal.
@@ -117,10 +117,10 @@ class Comparison:
         for system in self.systems:
             if system.distinct < len(system.seeds):
                 lines.append(
-                    f"Of the {len(system.seeds)} runs of {system.name}, {system.distinct} differ: a run that is named "
-                    "twice is no second seed, and the test over seeds says too much."
+                    f"The {len(system.seeds)} runs of {system.name} are {system.distinct} different ones, the others "
+                    "equal on every query: a copy of a run is no second seed."
                 )
-        if all(system.distinct == 1 for system in self.systems):
+        if all(len(system.seeds) == 1 for system in self.systems):
             lines.append("One run of each: what another seed would give is not known.")
         return "\n".join(lines)
 
@@ -157,17 +157,18 @@ def compare_values(
             {other: float(np.mean([mean_measures(seed)[other] for seed in seeds])) for other in config.measures},
             find_interval(values[name].mean(0), resamples=config.resamples, seed=config.compare_seed),
             tuple(values[name].mean(1).tolist()),
-            len(np.unique(values[name], axis=0)),
+            len(np.unique(np.hstack([_stack(name, seeds, other, queries) for other in config.measures]), axis=0)),
         )
         for name, seeds in systems.items()
     )
     first, *others = values
     over_queries = [_test(values[name].mean(0), values[first].mean(0), config) for name in others]
     over_seeds = [compare_seeds(values[name].mean(1), values[first].mean(1)) for name in others]
+    shown = [p < config.level for p in correct_holm(over_queries)]
     corrected = correct_holm([max(p, q or 0.0) for p, q in zip(over_queries, over_seeds, strict=True)])
     found = tuple(
-        _compare(name, first, values[name], values[first], *p_values, len(others), config)
-        for name, p_values in zip(others, zip(over_queries, over_seeds, corrected, strict=True), strict=True)
+        _compare(name, first, values[name], values[first], *found, len(others), config)
+        for name, found in zip(others, zip(over_queries, over_seeds, corrected, shown, strict=True), strict=True)
     )
     comparison = Comparison(measure, len(queries), facts, found)
     if output is not None:
@@ -238,7 +239,7 @@ def _read_values(place: Path, qrels: Qrels | None, measures: Sequence[str]) -> P
 
 
 def compare_seeds(mine: Values, theirs: Values) -> float | None:
-    """Return the two-sided p-value of equal means over seeds, by a t-test; None where neither has several.
+    """Return the two-sided p-value of equal means over seeds, by a t-test; None where there is no deviation to test by.
 
     As many seeds of both are pairs, in the order given; else it is Welch's test, and one run alone stands for itself.
 
@@ -254,8 +255,8 @@ def compare_seeds(mine: Values, theirs: Values) -> float | None:
         mine, theirs = mine - theirs, np.zeros(1)
     samples = (sample[:1] if np.ptp(sample) <= EQUAL else sample for sample in (mine, theirs))
     many, few = sorted(samples, key=len, reverse=True)
-    if len(many) == 1:  # a t-test has nothing to divide by
-        return float(abs(many[0] - few[0]) <= EQUAL)
+    if len(many) == 1:  # equal means, by chance or since nothing is drawn: a t-test has nothing to divide by
+        return None
     return float(ttest_1samp(many, few[0]).pvalue if len(few) == 1 else ttest_ind(many, few, equal_var=False).pvalue)
 
 
@@ -295,6 +296,7 @@ def _compare(
     p_value: float,
     p_seeds: float | None,
     p_holm: float,
+    shown: bool,
     comparisons: int,
     config: CompareConfig,
 ) -> Difference:
@@ -309,8 +311,10 @@ def _compare(
     verdict = f"{name} is {'better' if mean > 0 else 'worse'} than {first}: {numbers}."
     if p_holm >= config.level:
         verdict = f"No difference between {name} and {first} could be shown: {numbers}."
-        if p_seeds is not None and p_value < config.level / comparisons:
+        if shown:
             verdict += " Over queries alone it would be: the seeds are too few, or differ too much."
+        elif comparisons * 2.0 ** (1 - len(differences)) >= config.level:  # the smallest p-value that there can be
+            verdict += f" {len(differences)} queries can show none."
         elif detectable is not None and max(EQUAL, abs(mean)) < detectable < 1:
             possible = f"{len(differences)} queries would show one of {detectable:.4f}"
             verdict += f" {possible} in {config.power:.0%} of all cases."

@@ -104,7 +104,7 @@ class DualEncoder:
             card: what is known of it at this moment, in Markdown; unset: how it is used.
         """
         facts = facts or {}
-        with publish(folder, "model", options=options, inputs=inputs) as staging:
+        with publish(folder, "model", options=options, inputs=inputs, beside=(UNSEALED,)) as staging:
             self.model.save(str(staging.path), create_model_card=False)
             text = sign_card(card or "# A dense passage retriever\n\n" + describe_use(self.contract))
             (staging.path / UNSEALED).write_text(text, encoding="utf-8")

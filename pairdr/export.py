@@ -94,7 +94,9 @@ def export_model(
         raise UsageError("Untied towers are not exported.", path=model_folder, remedy="Export a model with tied ones.")
     sample = make_sample() if collection is None else draw_sample(collection, config)
     inputs = {"model": source.fingerprint} | ({} if collection is None else {"collection": collection.fingerprint})
-    with publish(output, "exported", options={"to": to} | config.as_dict(), inputs=inputs) as staging:
+    with publish(
+        output, "exported", options={"to": to} | config.as_dict(), inputs=inputs, beside=(UNSEALED,)
+    ) as staging:
         (staging.path / TOKENIZER).write_text(_read_tokenizer(model), encoding="utf-8")
         say("writing the graph")
         with tempfile.TemporaryDirectory() as scratch:

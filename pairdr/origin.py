@@ -55,7 +55,7 @@ def write_origin(folder: Path, config: RunConfig, collection: Collection) -> Non
         "collection": collection.fingerprint,
         "passages": collection.passages_fingerprint,
     }
-    options = _make_absolute(replace(config, data=collection.config))
+    options = make_absolute(replace(config, data=collection.config))
     contents = {OPTIONS_FILE: format_options(options), DATA_FILE: json.dumps(facts, indent=1) + "\n"}
     for name, text in contents.items():
         path = folder / name
@@ -161,7 +161,7 @@ def _to_toml(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _make_absolute(config: RunConfig) -> RunConfig:
+def make_absolute(config: RunConfig) -> RunConfig:
     """Return the options with the files and folders they name as absolute paths, so that they hold anywhere."""
     data = config.data
     held_out = data.held_out.resolve() if data.held_out else None

@@ -15,7 +15,7 @@ from pairdr.collection import Collection, open_collection
 from pairdr.config import RunConfig
 from pairdr.errors import ArtefactError, DataError, UsageError
 from pairdr.files import hash_file, replace_file
-from pairdr.origin import DATA_FILE, OPTIONS_FILE, Origin, read_origin
+from pairdr.origin import DATA_FILE, OPTIONS_FILE, Origin, make_absolute, read_origin
 from pairdr.parts import STATE
 from pairdr.pipeline import run_pipeline
 from pairdr.table import TITLES, Table, read_table
@@ -107,8 +107,9 @@ def reproduce_run(source: str | Path, output: str | Path, data: str | Path | Non
         raise UsageError("This is the run that is to be made again.", path=output, remedy="Choose another --output.")
     origin = read_origin(work)
     collection = open_again(origin, work, None if data is None else Path(data))
-    _claim_output(output, work)
-    result = run_pipeline(collection, output, replace(origin.config, data=collection.config))
+    config = replace(origin.config, data=collection.config)
+    _claim_output(output, work, config)
+    result = run_pipeline(collection, output, config)
     return compare_runs(work, output, result.table, (origin.collection, collection.fingerprint))
 
 
@@ -173,15 +174,22 @@ def compare_runs(then: Path, now: Path, table: Table, data: tuple[str, str]) -> 
     )
 
 
-def _claim_output(output: Path, work: Path) -> None:
+def _claim_output(output: Path, work: Path, config: RunConfig) -> None:
     """Write into the new work folder of which run it is made.
+
+    Args:
+        output: the new work folder.
+        work: the run that is made again.
+        config: what it is made with.
 
     Raises:
         UsageError: a run stands there that was not made again from this one.
     """
     text = json.dumps({name: hash_file(work / name) for name in (OPTIONS_FILE, DATA_FILE)}, indent=1) + "\n"
     path = output / CLAIM
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
+    ours = path.is_file() and path.read_text(encoding="utf-8") == text
+    ended = (output / OPTIONS_FILE).is_file()
+    if ours and (not ended or read_origin(output).config == make_absolute(config)):  # nothing else was run here since
         return
     if (output / STATE).exists():
         raise UsageError(
@@ -194,9 +202,12 @@ def _claim_output(output: Path, work: Path) -> None:
 def _compare_step(name: str, old: Mapping[str, Any], new: Mapping[str, Any], then: Path, now: Path) -> StepPair:
     pair = StepPair(name, old.get(name, {}).get("fingerprint"), new[name]["fingerprint"])
     places = [folder / "vectors" / name.removeprefix("encode ") for folder in (then, now)]
-    if pair.is_equal or not name.startswith("encode ") or not all(place.is_dir() for place in places):
+    if pair.is_equal or not name.startswith("encode "):
         return pair
-    return replace(pair, difference=_compare_vectors(*(VectorStore(place) for place in places)))
+    try:
+        return replace(pair, difference=_compare_vectors(*(VectorStore(place) for place in places)))
+    except ArtefactError:  # the vectors of then are gone
+        return pair
 
 
 def _compare_vectors(then: VectorStore, now: VectorStore) -> str:

@@ -403,6 +403,44 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
+@pytest.mark.parametrize(
+    ("manifest", "held"),
+    [
+        ('{"kind": "plugin", "version": 3}', "'plugin'"),
+        ('{"kind": "plugin", "files": ["thesis.txt"]}', "'plugin'"),
+        ('{"name": "my app"}', "other files"),
+        ("[1]", "other files"),
+        ("{", "other files"),
+    ],
+)
+def test_a_manifest_of_another_program_is_none_of_ours(tmp_path: Path, manifest: str, held: str) -> None:
+    (tmp_path / MANIFEST).write_text(manifest, encoding="utf-8")
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(UsageError, match=held), publish(tmp_path, "vectors", options={}, inputs={}):
+        raise AssertionError("the block must not run")
+    assert names_in(tmp_path) == [MANIFEST, "thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "part/notes.txt", ".git/HEAD", "README.md", "link"])
+def test_what_people_put_into_a_folder_is_not_replaced(tmp_path: Path, name: str) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    if name == "link":
+        (folder / name).symlink_to(tmp_path)
+    else:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match=f"This folder also holds {name}, which would be lost with it"):
+        write_thing(folder, "new")
+    assert read_thing(folder) == "old"
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "part/Thumbs.db", f".{MANIFEST}.k3j", ".a.txt.swp"])
+def test_what_systems_and_killed_calls_leave_is_nobodys(tmp_path: Path, name: str) -> None:
+    folder = write_thing(tmp_path / "x", "old")
+    (folder / name).touch()
+    assert read_thing(write_thing(folder, "new")) == "new"
+
+
 def test_an_artefact_of_another_kind_is_never_replaced(tmp_path: Path) -> None:
     with publish(tmp_path / "a", "model", options={}, inputs={}) as staging:
         (staging.path / "weights").write_text("w", encoding="utf-8")

@@ -109,10 +109,40 @@ def test_a_level_that_no_resample_reaches_is_refused() -> None:
 
 def test_equal_runs_are_said_to_be_no_seeds() -> None:
     values = draw(50, 4)
-    found = compare_values({"a": [make(values)] * 3, "b": [make(draw(50, 5))] * 2}, CONFIG).format()
-    assert "Of the 3 runs of a, 1 differ" in found and "Of the 2 runs of b, 1 differ" in found
-    assert found.splitlines()[-1] == "One run of each: what another seed would give is not known."
-    assert "differ: a run" not in compare_values({"a": [make(values)], "b": [make(values)]}, CONFIG).format()
+    comparison = compare_values({"a": [make(values)] * 3, "b": [make(draw(50, 5))] * 2}, CONFIG)
+    found = comparison.format()
+    assert "The 3 runs of a are 1 different ones, the others equal on every query" in found
+    assert "The 2 runs of b are 1 different ones" in found
+    assert comparison.differences[0].p_seeds is None
+    assert "different ones" not in compare_values({"a": [make(values)], "b": [make(values)]}, CONFIG).format()
+
+
+def test_seeds_that_tie_on_the_tested_measure_alone_are_seeds() -> None:
+    seeds = [make(np.ones(20)) | {"nDCG@10": make(draw(20, seed))["RR@10"]} for seed in (1, 2)]
+    config = CompareConfig(measures=("RR@10", "nDCG@10"), resamples=2000)
+    found = compare_values({"a": seeds, "b": seeds[::-1]}, config)
+    assert [system.distinct for system in found.systems] == [2, 2]
+    assert "different ones" not in found.format() and "One run of each" not in found.format()
+
+
+def test_so_few_queries_that_nothing_can_be_shown_are_said_to_be() -> None:
+    (found,) = compare_values({"a": [make(np.zeros(5))], "b": [make(np.full(5, 0.9))]}, CONFIG).differences
+    assert found.verdict.endswith("p = 0.062. 5 queries can show none.")
+    six = {name: [make(np.full(6, value))] for name, value in {"a": 0.0, "b": 0.9, "c": 0.8}.items()}
+    first, _ = compare_values(six, CONFIG).differences  # p = 2 / 2^6, twice that by Holm
+    assert first.verdict.endswith("6 queries can show none.")
+    (enough,) = compare_values({name: six[name] for name in "ab"}, CONFIG).differences
+    assert enough.verdict.startswith("b is better than a")
+
+
+def test_holms_correction_of_the_queries_says_whether_it_is_the_seeds() -> None:
+    base, gaps = np.full(30, 0.2), np.zeros(30)
+    gaps[:6] = 0.3  # p = 2 / 2^6
+    apart = [make(base + 0.2 + gaps), make(base - 0.2 + gaps)]
+    systems = {"a": [make(base)], "b": [make(base + 0.5)], "c": apart}
+    found = compare_values(systems, CONFIG).differences[1]
+    assert 0.025 < found.p_value < 0.05 and found.p_seeds is not None
+    assert found.verdict.endswith("Over queries alone it would be: the seeds are too few, or differ too much.")
 
 
 def test_rounding_is_no_difference() -> None:
@@ -190,7 +220,7 @@ def test_seeds_are_tested_as_scipy_does() -> None:
     alone = stats.ttest_1samp(mine, 0.48).pvalue
     assert compare_seeds(mine, theirs[:1]) == compare_seeds(theirs[:1], mine) == pytest.approx(alone)
     assert compare_seeds(mine[:1], theirs[:1]) is None
-    assert (compare_seeds(mine, mine), compare_seeds(mine, mine - 0.1)) == (1, 0)
+    assert compare_seeds(mine, mine) is compare_seeds(mine, mine - 0.1) is None  # no deviation to test by
 
 
 def test_what_is_published_is_what_was_found(tmp_path: Path) -> None:

@@ -302,6 +302,14 @@ def test_a_run_that_was_changed_on_the_way_is_reproduced(copy: Path, work: Path,
 
 
 @pytest.mark.slow
+def test_vectors_of_then_that_are_gone_are_not_compared(copy: Path, work: Path) -> None:
+    change_state(copy, "encode pair", fingerprint="0" * 64)
+    (copy / "vectors" / "pair" / "manifest.json").unlink()
+    found = compare_runs(copy, work, read_table(work / "report"), ("a", "a"))
+    assert [(step.name, step.difference) for step in found.steps if not step.is_equal] == [("encode pair", "")]
+
+
+@pytest.mark.slow
 def test_vectors_that_came_about_bit_by_bit_are_said_to_have(work: Path, data: Path, tmp_path: Path) -> None:
     grown, moved = Path(shutil.copytree(data, tmp_path / "grown")), tmp_path / "work"
     config, corpus = read_origin(work).config, grown / "corpus.jsonl"
@@ -353,6 +361,9 @@ def test_another_run_is_not_replaced(copy: Path, work: Path, data: Path, tmp_pat
     run_pipeline(data, copy, replace(config, train=replace(config.train, max_steps=1)))
     with pytest.raises(UsageError, match="Another run stands here"):
         reproduce_run(copy, new)
+    run_pipeline(data, new, replace(config, mine=replace(config.mine, depth=30)))
+    with pytest.raises(UsageError, match="Another run stands here"):
+        reproduce_run(work, new)
 
 
 @pytest.mark.slow
