@@ -167,8 +167,8 @@ def compare_values(
     shown = [p < config.level for p in correct_holm(over_queries)]
     corrected = correct_holm([max(p, q or 0.0) for p, q in zip(over_queries, over_seeds, strict=True)])
     found = tuple(
-        _compare(name, first, values[name], values[first], *found, len(others), config)
-        for name, found in zip(others, zip(over_queries, over_seeds, corrected, shown, strict=True), strict=True)
+        _compare(name, first, values[name], values[first], *tested, len(others), config)
+        for name, tested in zip(others, zip(over_queries, over_seeds, corrected, shown, strict=True), strict=True)
     )
     comparison = Comparison(measure, len(queries), facts, found)
     if output is not None:

@@ -92,16 +92,9 @@ def apply_audit(
         raise UsageError("No row is marked.", path=path, remedy="Write accept, relabel or drop into the column mark.")
     changes: dict[str, _Change] = defaultdict(_Change)
     pool = frozenset(collection.pool)
-    pseudo = {(row.query_id, row.positive_id) for row in rows.get("pseudo", ())}
+    pseudo = {(row.query_id, row.positive_id) for row in rows["pseudo"]} if rows else None
     for line, finding in marked:
-        _require_fitting(collection, pool, finding, path, line)
-        if rows and finding.label == "pseudo" and finding.pair not in pseudo:
-            raise DataError(
-                f"Passage {finding.passage_id!r} is no pseudo positive of query {finding.query_id!r}.",
-                path=path,
-                line=line,
-                remedy="Name the examples that were audited.",
-            )
+        _require_fitting(collection, pool, pseudo, finding, path, line)
         _note(finding, changes[finding.query_id])
     before = collection.labels("train")
     labels = _change_labels(before, changes)
@@ -136,8 +129,24 @@ def _require_other_places(
             raise UsageError("This would replace what is read.", path=place, remedy="Choose another place.")
 
 
-def _require_fitting(collection: Collection, pool: frozenset[str], finding: Finding, path: Path, line: int) -> None:
-    """Refuse a finding of other data, or one whose label is another one by now."""
+def _require_fitting(
+    collection: Collection,
+    pool: frozenset[str],
+    pseudo: set[tuple[str, str]] | None,
+    finding: Finding,
+    path: Path,
+    line: int,
+) -> None:
+    """Refuse a finding of other data or examples, or one whose label is another one by now.
+
+    Args:
+        collection: the data.
+        pool: its unlabelled queries.
+        pseudo: query and positive of each pseudo-labelled row; None where no examples were named.
+        finding: a marked one.
+        path: where it stands.
+        line: its line there.
+    """
     train = collection.qrels("train")
     query_id, passage_id = finding.pair
     relevance = train.get(query_id, {}).get(passage_id, 0)
@@ -147,6 +156,8 @@ def _require_fitting(collection: Collection, pool: frozenset[str], finding: Find
         problem = f"There is no {what} in these data."
     elif finding.label == "pseudo" and query_id not in pool:
         problem = f"Query {query_id!r} is not in the pool."
+    elif finding.label == "pseudo" and pseudo is not None and finding.pair not in pseudo:
+        problem = f"Passage {passage_id!r} is no pseudo positive of query {query_id!r}."
     elif finding.label != "pseudo" and query_id not in train:
         problem = f"Query {query_id!r} has no training label."
     elif finding.label == "positive" and relevance <= 0:
@@ -158,7 +169,8 @@ def _require_fitting(collection: Collection, pool: frozenset[str], finding: Find
             problem,
             path=path,
             line=line,
-            remedy="Use the data and the options of the audit; if a spreadsheet changed ids, import them as text.",
+            remedy="Use the data, the examples and the options of the audit; if a spreadsheet changed ids, import them as "
+            "text.",
         )
 
 

@@ -211,13 +211,18 @@ def _compare_step(name: str, old: Mapping[str, Any], new: Mapping[str, Any], the
 
 
 def _compare_vectors(then: VectorStore, now: VectorStore) -> str:
-    """Return in words how far vectors of the same passages are apart, and whether they came about at once."""
+    """Return in words how far vectors of the same passages are apart, and whether they came about at once.
+
+    Nothing is said where they are of other passages, or of another width.
+    """
+    if (then.live, then.dimensions) != (now.live, now.dimensions):
+        return ""
     gap = 0.0
     for start, vectors in then.read_blocks():
         rows = np.arange(start, start + len(vectors))
         alive = np.ones(len(rows), dtype=np.bool_) if then.alive is None else then.alive[rows]
         others = now.rows_of(then.ids_of(rows[alive]))
-        if then.live != now.live or (others < 0).any() or vectors.shape[1] != now.dimensions:
+        if (others < 0).any():
             return ""
         gap = max(gap, float(np.abs(vectors[alive] - now.take(others)).max(initial=0)))
     found = f"of the same {then.live} passages, " + (f"at most {gap:.1e} apart" if gap else "with equal numbers")

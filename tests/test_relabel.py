@@ -229,7 +229,7 @@ def test_marks_that_do_not_fit_the_data_are_refused(
     path = write_table(tmp_path / "a.tsv", "accept\tnear_copy\tnegative\tt0\tp21", row)
     with pytest.raises(DataError) as refused:
         apply_audit(plant.open(), path, tmp_path / "new")
-    assert str(refused.value).startswith(f"{path}:3: {message} Use the data and the options of the audit")
+    assert str(refused.value).startswith(f"{path}:3: {message} Use the data, the examples and the options of the audit")
     assert not (tmp_path / "new").exists()
 
 
