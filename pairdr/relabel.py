@@ -169,8 +169,8 @@ def _require_fitting(
             problem,
             path=path,
             line=line,
-            remedy="Use the data, the examples and the options of the audit; if a spreadsheet changed ids, import them as "
-            "text.",
+            remedy="Use the data, the examples and the options of the audit; if a spreadsheet changed ids, import "
+            "them as text.",
         )
 
 
